@@ -1,0 +1,169 @@
+"""YAML files with ``extends:`` and dotted overrides -> a validated :class:`RunConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from vlit.config.schema import RunConfig
+from vlit.errors import ConfigError
+from vlit.registry import load_plugins
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key written twice is an error, and ``1e-3`` is a number (YAML 1.2), not a string."""
+
+
+def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            mark = key_node.start_mark
+            raise ConfigError(f'{mark.name}:{mark.line + 1}: key "{key}" is written twice. Keep one of them.')
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML file as a dict, its ``extends:`` parent (relative to the file) merged below it. Cycles are errors."""
+    return _read(path.resolve(), path, ())[0]
+
+
+def _read(path: Path, shown: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    if path in chain:
+        raise ConfigError(f"{shown}: extends itself through {' -> '.join(p.name for p in (*chain, path))}.")
+    if not path.is_file():
+        by = f" (extended by {chain[-1].name})" if chain else ""
+        raise ConfigError(f"{shown}: no such configuration file{by}. Check the path; published ones are under configs/.")
+    try:
+        with path.open(encoding="utf-8") as file:
+            data = yaml.load(file, _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{shown}: expected a mapping of keys at the top level, got {type(data).__name__}.")
+    parent = data.pop("extends", None)
+    origins = {".".join(p): str(shown) for p in _paths(data)}
+    if parent is None:
+        return data, origins
+    base, base_origins = _read((path.parent / str(parent)).resolve(), shown.parent / str(parent), (*chain, path))
+    return merge(base, data), {**base_origins, **origins}
+
+
+def _paths(data: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = [prefix] if prefix else []
+    if isinstance(data, dict):
+        for key, value in data.items():
+            found += _paths(value, (*prefix, str(key)))
+    return found
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge: mappings merge key by key, anything else replaces. A mapping whose ``type`` changes replaces whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        held = merged.get(key)
+        same_kind = isinstance(held, dict) and isinstance(value, dict)
+        if same_kind and not ("type" in value and "type" in held and value["type"] != held["type"]):
+            merged[key] = merge(held, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Apply one ``a.b.c=value`` in place; the value is read as YAML. List items are addressed by number."""
+    path, sep, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not sep or not all(keys):
+        raise ConfigError(f'override "{override}": expected key.path=value, for example stages.align.max_steps=20.')
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f'override "{override}": the value is not valid YAML: {error}') from error
+    node: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(node, list):
+            node = _item(node, key, override)
+            continue
+        if key in node and not isinstance(node[key], (dict, list)) and node[key] is not None:
+            here = ".".join(keys[: depth + 1])
+            raise ConfigError(f'override "{override}": {here} is {node[key]!r}, it has no key "{keys[depth + 1]}".')
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+    if isinstance(node, list):
+        _item(node, keys[-1], override)
+        node[int(keys[-1])] = value
+    elif isinstance(value, dict) and isinstance(node.get(keys[-1]), dict):
+        node[keys[-1]] = merge(node[keys[-1]], value)
+    else:
+        node[keys[-1]] = value
+
+
+def _item(node: list[Any], key: str, override: str) -> Any:
+    if not key.lstrip("-").isdigit() or not -len(node) <= int(key) < len(node):
+        raise ConfigError(f'override "{override}": "{key}" is not an item of a list of {len(node)} (0-{len(node) - 1}).')
+    return node[int(key)]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, merge, override and validate a run configuration.
+
+    Raises:
+        ConfigError: one line per mistake, each naming file (or override), key, and the closest known key.
+    """
+    shown = Path(path)
+    data, origins = _read(shown.resolve(), shown, ())
+    for override in overrides:
+        apply_override(data, override)
+        origins[override.partition("=")[0].strip()] = f'override "{override}"'
+    return validate_config(data, name=str(shown), origins=origins)
+
+
+def validate_config(data: dict[str, Any], *, name: str, origins: dict[str, str] | None = None) -> RunConfig:
+    """Validate a plain mapping; ``name`` and ``origins`` (dotted key -> file) only serve the error text."""
+    plugins = data.get("plugins") or []
+    if isinstance(plugins, list):
+        load_plugins([str(p) for p in plugins])
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, name, origins or {}) for e in error.errors())) from error
+
+
+def _explain(error: Any, name: str, origins: dict[str, str]) -> str:
+    loc = [str(part) for part in error["loc"] if not str(part).startswith("function-")]
+    message, where = error["msg"], ".".join(loc)
+    if error["type"] == "unknown_key":
+        where = ".".join([*loc, error["ctx"]["key"]])
+        message = message.split(": ", 1)[1]
+    elif error["type"] == "component":
+        where, message = where + message.split(": ", 1)[0], message.split(": ", 1)[1]
+    else:
+        shown = repr(error.get("input"))
+        message = f"{message} (got {shown if len(shown) < 80 else shown[:77] + '...'})"
+        if error["type"] == "missing":
+            message = "this key is required and missing"
+    source, probe = name, where
+    while probe:
+        if probe in origins:
+            source = origins[probe]
+            break
+        probe = probe.rpartition(".")[0]
+    return f"{source}: {where}: {message}" if where else f"{source}: {message}"

@@ -1,0 +1,171 @@
+"""The words every floor speaks: what a sample is on its way from a source record to a packed batch.
+
+YAML -> record -> :class:`Sample` -> :class:`Piece` list -> :class:`TokenizedSample` -> :class:`PackedBatch` -> model.
+
+Shape letters: T tokens of a packed row, N segments (samples) of a row, L supervised positions, V views (image crops),
+S vision tokens a view, D width. Nothing here imports torch at run time, so the data floor stays light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that takes no loss (PyTorch's own convention)."""
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Stands in a turn's text where an image goes. Structural: it is never looked up in a tokenizer's vocabulary."""
+
+PARTS = ("vision", "connector", "fusion", "llm", "embeddings")
+"""Every parameter of a model belongs to exactly one of these. ``embeddings`` = the LLM's input and output embeddings."""
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. ``text`` may hold ``<image>`` placeholders (user turns only)."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One validated record: turns alternate user/assistant after an optional system turn; the number of placeholders
+    equals ``len(images)``; ``images`` are paths relative to the source's image root.
+    """
+
+    id: str
+    source: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    kind: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A fragment that is tokenised once and on its own, so that masks need no guessing.
+
+    ``text``: ordinary text, special tokens inside it are text; ``special``: exactly one special token by its string;
+    ``image``: the vision tokens of image number ``image`` of the sample. ``supervised`` pieces take loss.
+    """
+
+    kind: Literal["text", "special", "image"]
+    text: str = ""
+    supervised: bool = False
+    image: int = -1
+
+
+@dataclass(slots=True)
+class TokenizedSample:
+    """Token ids of one sample with labels aligned to the *next* token.
+
+    ``labels[t]`` is the id that position t must predict, or -100. Image positions hold id 0 in ``input_ids`` and True in
+    ``is_image``; each image takes ``ModelSpec.tokens_per_view`` consecutive positions. ``pieces`` holds (piece index in
+    the rendered list, first token, end token) for previews.
+    """
+
+    id: str
+    source: str
+    input_ids: np.ndarray  # int64 [T]
+    labels: np.ndarray  # int64 [T]
+    is_image: np.ndarray  # bool [T]
+    images: tuple[str, ...]
+    kind: str | None = None
+    dropped_turns: int = 0
+    cut_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_label_tokens(self) -> int:
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """All that the data floor needs to know about a model; small and picklable, so workers never load weights.
+
+    ``image_mean``/``image_std`` are per channel on the 0-1 scale. ``tokens_per_view`` counts what the *connector* emits.
+    """
+
+    tokenizer_path: str
+    image_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    tokens_per_view: int
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    trust_remote_code: bool = False
+
+
+class VisionTokens(NamedTuple):
+    """What an encoder hands to a connector and a connector to a fusion: one row of S tokens per view."""
+
+    tokens: Tensor  # [V, S, D]
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One micro-batch: N samples laid end to end in one row of T tokens, without padding.
+
+    Everything the accelerator path would have to count is counted here, in the data worker: segment bounds, the L
+    supervised positions and their targets. Order of ``pixels`` equals reading order of the image spans in the row.
+    """
+
+    input_ids: Tensor  # int64 [T]
+    position_ids: Tensor  # int64 [T], restarts at 0 for every segment
+    is_image: Tensor  # bool [T]
+    supervised_positions: Tensor  # int64 [L]
+    targets: Tensor  # int64 [L], the id each supervised position must predict
+    segment_lengths: tuple[int, ...]  # N numbers, sum T
+    pixels: Tensor  # uint8 [V, 3, H, W], not normalised; V may be 0
+    sample_ids: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_label_tokens(self) -> int:
+        return int(self.targets.shape[0])
+
+    @property
+    def num_images(self) -> int:
+        return int(self.pixels.shape[0])
+
+    def to(self, device: object, *, non_blocking: bool = False) -> PackedBatch:
+        """Copy of the batch with its tensors on ``device``."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
+
+        return PackedBatch(
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            is_image=move(self.is_image),
+            supervised_positions=move(self.supervised_positions),
+            targets=move(self.targets),
+            segment_lengths=self.segment_lengths,
+            pixels=move(self.pixels),
+            sample_ids=self.sample_ids,
+            sources=self.sources,
+        )
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """What one optimizer step consumes on this rank: its micro-batches and what happened to its records."""
+
+    step: int  # 0-based step of the stage
+    micro_batches: list[PackedBatch]
+    quarantined: list[tuple[str, str]] = field(default_factory=list)  # (record, reason)
+    dropped_turns: int = 0
+    cut_tokens: int = 0
