@@ -1,0 +1,1 @@
+"""Pure tensor functions: packed attention, linear cross-entropy on supervised positions, splice."""

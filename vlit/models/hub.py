@@ -1,0 +1,33 @@
+"""Reading a model's configuration from a folder or the hub, with errors a person can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlit.errors import ModelError
+
+
+def read_config(path: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers config of ``path`` (local folder or hub id).
+
+    Args:
+        key: the configuration key users set, named in errors.
+
+    Raises:
+        ModelError: nothing is there, or it is not a transformers model.
+    """
+    from transformers import AutoConfig
+
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+        what = "has no config.json" if Path(path).expanduser().is_dir() else "does not exist"
+        raise ModelError(f'{key} "{path}": this folder {what}. Give a Hugging Face model folder or a hub id.')
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f'{key} "{path}": not found as a local folder and not available from the Hugging Face hub ({reason}). '
+            "Check the name, download it first, or point to a local folder."
+        ) from error

@@ -1,0 +1,138 @@
+"""Any transformers causal language model, with its own tokenizer.
+
+Nothing is subclassed: the model is split by its public accessors into embedding, trunk and head. What a family does to
+its logits (soft cap, scale, bias) is read from its config, and a conformance test compares our loss with the model's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlit.errors import ModelError
+from vlit.kernels.cross_entropy import linear_cross_entropy
+from vlit.models.attention import register
+from vlit.models.hub import read_config
+from vlit.models.interfaces import LanguageModel, LLMConfig
+from vlit.registry import LLMS
+
+
+class HFLanguageModel(LanguageModel):
+    """A transformers causal LM seen as ``embed -> hidden_states -> loss``."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = hf
+        config = hf.config.get_text_config()
+        self.width = int(config.hidden_size)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
+        scale = getattr(config, "logit_scale", None)  # Cohere multiplies by it
+        self.logit_scale = float(scale) if scale is not None else (1.0 / scaling if scaling else 1.0)
+
+    @property
+    def head(self) -> nn.Linear:
+        """Output embeddings ``[V, D]`` (tied or not)."""
+        return self.hf.get_output_embeddings()  # type: ignore[no-any-return, operator]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Decoder blocks, found as the longest module list of the trunk."""
+        lists = [m for m in self.trunk.modules() if isinstance(m, nn.ModuleList)]
+        return max(lists, key=len)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The decoder without its head."""
+        return self.hf.get_decoder()  # type: ignore[no-any-return, operator]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """ids ``[...]`` -> embeddings ``[..., D]``."""
+        return self.hf.get_input_embeddings()(input_ids)  # type: ignore[no-any-return, operator]
+
+    def hidden_states(self, embeds_BTD: Tensor, **kwargs: Any) -> Tensor:
+        """Trunk output after the final norm, ``[B, T, D]``; keyword arguments go to every layer."""
+        return self.trunk(inputs_embeds=embeds_BTD, **kwargs).last_hidden_state  # type: ignore[no-any-return]
+
+    def loss(self, hidden_LD: Tensor, targets_L: Tensor) -> Tensor:
+        """Sum of the cross-entropy over L positions, fp32."""
+        head = self.head
+        return linear_cross_entropy(
+            hidden_LD, head.weight, targets_L, bias_V=head.bias, softcap=self.softcap, logit_scale=self.logit_scale
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., V]``, transformed as the model itself does."""
+        logits = self.head(hidden) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block's activations in the backward pass (non-reentrant)."""
+        if enabled:
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        else:
+            self.hf.gradient_checkpointing_disable()  # type: ignore[operator]
+
+
+@LLMS.register("hf")
+class HFLanguageModelConfig(LLMConfig):
+    """Any transformers causal LM: LLaMA/Vicuna, Mistral, Qwen, Phi, Gemma, ..."""
+
+    type: str = "hf"
+    path: str
+    """Local folder or Hugging Face hub id."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer. Default: `path`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    trust_remote_code: bool = False
+    """Run model code shipped with the weights. Off unless you trust its author."""
+
+    def width(self) -> int:
+        return int(self._config().hidden_size)
+
+    def tokenizer_path(self) -> str:
+        return self.tokenizer or self.path
+
+    def build(self, *, dtype: torch.dtype) -> HFLanguageModel:  # type: ignore[override]
+        """Load weights in ``dtype`` with packed attention.
+
+        Raises:
+            ModelError: the folder is missing, is not a causal LM, or lacks weights (nothing is left at random).
+        """
+        from transformers import AutoModelForCausalLM
+
+        self._config()
+        try:
+            hf, info = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=dtype,
+                attn_implementation=register(),
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f'model.llm.path "{self.path}": {" ".join(str(error).split())[:400]}') from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ModelError(
+                f'model.llm.path "{self.path}": {len(missing)} weights are not in the checkpoint, for example '
+                f"{missing[0]}; they would be random. Use a complete causal-LM checkpoint."
+            )
+        hf.config.use_cache = False
+        return HFLanguageModel(hf)
+
+    def _config(self) -> Any:
+        config = read_config(
+            self.path, key="model.llm.path", revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        text = config.get_text_config()
+        if not hasattr(text, "vocab_size"):
+            raise ModelError(f'model.llm.path "{self.path}": model_type {config.model_type} is not a language model.')
+        if self.tokenizer is not None and Path(self.tokenizer).is_absolute() and not Path(self.tokenizer).is_dir():
+            raise ModelError(f'model.llm.tokenizer "{self.tokenizer}": no such folder.')
+        return text

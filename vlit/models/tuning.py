@@ -1,0 +1,182 @@
+"""Which parameter belongs to which part, how each part is trained, and the table that says so.
+
+A parameter that belongs to no part, or a mode that trains nothing, stops the run before it starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlit.config.schema import PartTuning, TuningConfig
+from vlit.errors import ModelError
+from vlit.models.assemble import VisionLanguageModel
+from vlit.types import PARTS
+
+LORA_MARK = ".lora_"
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """One line of the table of parts. ``lr`` is the peak rate; ``sha256`` fingerprints the part's weights."""
+
+    part: str
+    module: str
+    mode: str
+    parameters: int
+    trainable: int
+    lr: float | None
+    dtype: str
+    sha256: str
+
+
+def embedding_parameters(model: VisionLanguageModel) -> set[int]:
+    """Ids of the input and output embedding parameters (tied ones appear once)."""
+    hf: Any = model.llm.hf
+    found: set[int] = set()
+    for module in (hf.get_input_embeddings(), hf.get_output_embeddings()):
+        if module is not None:
+            found.update(id(p) for p in module.parameters())
+    return found
+
+
+def part_of_parameters(model: VisionLanguageModel) -> dict[str, str]:
+    """Parameter name -> part, for every parameter of the model."""
+    prefixes = {"encoder.": "vision", "connector.": "connector", "fusion.": "fusion", "llm.": "llm"}
+    embeddings = embedding_parameters(model)
+    parts: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        part = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), None)
+        if part is None:
+            raise ModelError(f"parameter {name} belongs to no part ({', '.join(PARTS)}).")
+        parts[name] = "embeddings" if id(parameter) in embeddings else part
+    return parts
+
+
+def apply_tuning(model: VisionLanguageModel, tuning: TuningConfig) -> None:
+    """Freeze, unfreeze and add adapters in place, as the stage asks.
+
+    Raises:
+        ModelError: a mode that would train nothing, or LoRA targets that do not exist in the part.
+    """
+    modules = {"vision": model.encoder, "llm": model.llm.hf}
+    for part, module in modules.items():
+        if tuning.of(part).mode == "lora" and not has_lora(module):
+            add_lora(module, tuning.of(part), part=part, exclude=embedding_parameters(model))
+    parts = part_of_parameters(model)
+    trained = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        mode = tuning.of(parts[name]).mode
+        parameter.requires_grad_(mode == "full" or (mode == "lora" and LORA_MARK in name))
+        trained[parts[name]] += parameter.requires_grad
+    for part, count in trained.items():
+        if tuning.of(part).mode != "frozen" and not count and part != "fusion":
+            raise ModelError(f"tuning.{part}: mode {tuning.of(part).mode}, but this part has no parameters to train.")
+    if not sum(trained.values()):
+        raise ModelError("tuning: every part is frozen, so there is nothing to train. Set one part to full or lora.")
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Whether adapters have been added to ``module``."""
+    return any(LORA_MARK in name for name, _ in module.named_parameters())
+
+
+def lora_targets(module: nn.Module, tuning: PartTuning, *, part: str, exclude: set[int]) -> list[str]:
+    """Full names of the linear layers that receive an adapter (never the embeddings or the output head)."""
+    linear = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and id(layer.weight) not in exclude
+    }
+    if tuning.targets == "all-linear":
+        return sorted(linear)
+    chosen = [name for name in linear if name.rpartition(".")[2] in tuning.targets]
+    unknown = set(tuning.targets) - {name.rpartition(".")[2] for name in linear}
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise ModelError(f"tuning.{part}.targets: no linear layer is called {sorted(unknown)}. Known: {', '.join(known)}.")
+    return sorted(chosen)
+
+
+def add_lora(module: nn.Module, tuning: PartTuning, *, part: str, exclude: set[int]) -> None:
+    """Inject peft adapters into ``module`` in place; adapter weights take the dtype of their layer."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,  # type: ignore[arg-type]
+        lora_dropout=tuning.dropout,
+        target_modules=lora_targets(module, tuning, part=part, exclude=exclude),
+    )
+    dtype = next(module.parameters()).dtype
+    inject_adapter_in_model(config, module)
+    for name, parameter in module.named_parameters():
+        if LORA_MARK in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def merge_lora(model: VisionLanguageModel) -> None:
+    """Fold every adapter into its layer and remove it, in place; calling it again changes nothing."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import _get_submodules
+
+    for root in (model.encoder, model.llm.hf):
+        for name, module in list(root.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge(safe_merge=True)  # type: ignore[operator]
+                parent, _, child = _get_submodules(root, name)
+                setattr(parent, child, module.get_base_layer())
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes and up to 4096 evenly spaced values of each tensor, rounded to bf16.
+
+    Cheap enough for 7B weights, independent of the dtype they were loaded in, and different for any other checkpoint.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        sampled = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        digest.update(sampled.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def table_of_parts(model: VisionLanguageModel, tuning: TuningConfig, lr: float) -> list[PartRow]:
+    """What is trained, how, and with which peak rate; one row a part that has parameters."""
+    parts = part_of_parameters(model)
+    modules = {
+        "vision": type(getattr(model.encoder, "hf", model.encoder)).__name__,
+        "connector": type(model.connector).__name__,
+        "fusion": type(model.fusion).__name__,
+        "llm": type(model.llm.hf).__name__,
+        "embeddings": "tied" if model.llm.head.weight is model.llm.hf.get_input_embeddings().weight else "untied",
+    }
+    rows = []
+    for part in PARTS:
+        own = {n: p for n, p in model.named_parameters() if parts[n] == part}
+        if not own:
+            continue
+        trainable = sum(p.numel() for p in own.values() if p.requires_grad)
+        rows.append(
+            PartRow(
+                part=part,
+                module=modules[part],
+                mode=tuning.of(part).mode,
+                parameters=sum(p.numel() for p in own.values()),
+                trainable=trainable,
+                lr=(tuning.of(part).lr or lr) if trainable else None,
+                dtype=str(next(iter(own.values())).dtype).removeprefix("torch."),
+                sha256=fingerprint(own),
+            )
+        )
+    return rows
+
+
+def rows_as_dicts(rows: list[PartRow]) -> list[dict[str, Any]]:
+    """For ``parts.json``."""
+    return [asdict(row) for row in rows]
