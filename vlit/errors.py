@@ -30,6 +30,10 @@ class TrainingError(VlitError):
     """Training cannot go on: non-finite values, no supervised tokens, a stage without its predecessor."""
 
 
+class EvaluationError(VlitError):
+    """Answers cannot be scored: unreadable questions, missing answers, or a folder that holds another evaluation."""
+
+
 class ExportError(VlitError):
     """The model cannot be expressed in the requested format; the message says which part and why."""
 
