@@ -1,8 +1,8 @@
 """Tiny real parts, saved as ordinary Hugging Face folders: what the tests assemble models from.
 
-Every builder writes a folder that ``from_pretrained`` (or vlit's own encoders and language models) loads like a published
-checkpoint; weights are drawn from a fixed seed, so the same call writes the same bytes. A folder that is already complete
-is left alone. The session fixture ``tiny_dir`` (conftest) keeps one copy for the whole run::
+Every builder writes a folder that ``from_pretrained`` (or vlit's own encoders and language models) loads like a
+published checkpoint; weights are drawn from a fixed seed, so the same call writes the same bytes. A folder that is
+already complete is left alone. The session fixture ``tiny_dir`` (conftest) keeps one copy for the whole run::
 
     vision = build_encoder("clip", tiny_dir / "clip")
     llm = build_llm("llama", tiny_dir / "llama")
@@ -58,15 +58,16 @@ LLM_KINDS = (
     "llama", "llama_gqa", "llama_tied", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3",
 )  # fmt: skip
 
-TOKENIZER_TEXT = """A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,
-detailed, and polite answers to the user's questions. USER: What is in the picture? ASSISTANT: There is a red seven on the
-left and a blue three on the right. How many digits are there? Two. Is the green digit an even number? Yes, it is. What is
-the colour of the largest digit? The largest digit is yellow. Answer the question using a single word or phrase. Describe
-the image in detail. ### Human: ### Assistant: system user assistant [INST] [/INST] 0 1 2 3 4 5 6 7 8 9 10 11 12"""
+TOKENIZER_TEXT = """A chat between a curious user and an artificial intelligence assistant. The assistant gives
+helpful, detailed, and polite answers to the user's questions. USER: What is in the picture? ASSISTANT: There is a red
+seven on the left and a blue three on the right. How many digits are there? Two. Is the green digit an even number?
+Yes, it is. What is the colour of the largest digit? The largest digit is yellow. Answer the question using a single
+word or phrase. Describe the image in detail. ### Human: ### Assistant: system user assistant [INST] [/INST]
+0 1 2 3 4 5 6 7 8 9 10 11 12"""
 
 
 def _randomise(model: nn.Module, seed: int = 0) -> None:
-    """Give every parameter a non-trivial value: fresh initialisation has zero biases and unit scales that hide errors."""
+    """Give every parameter a non-trivial value: freshly built zero biases and unit scales would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,7 +127,7 @@ def _encoder_model(kind: str) -> nn.Module:
 
 
 def build_encoder(kind: str, folder: Path) -> Path:
-    """Write a tiny vision model of ``kind`` (one of ENCODER_KINDS) with its preprocessor_config.json; return ``folder``."""
+    """Write a tiny vision model of ``kind`` (see ENCODER_KINDS) and its preprocessor_config.json; return ``folder``."""
     folder = Path(folder)
     if _complete(folder):
         return folder
@@ -152,7 +153,7 @@ def build_encoder(kind: str, folder: Path) -> Path:
 def build_tokenizer(
     folder: Path, *, vocab_size: int = VOCAB_SIZE, add_bos: bool = True, pad_token: str | None = None
 ) -> Path:
-    """Train a byte-level BPE with specials ``<s>`` 0, ``</s>`` 1, ``<unk>`` 2 and save it; no pad token unless given."""
+    """Train a byte-level BPE with specials ``<s>`` 0, ``</s>`` 1, ``<unk>`` 2; without a pad token unless given."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
