@@ -13,13 +13,20 @@ Shape letters: L supervised positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 25
 """Most logits held at once (a chunk has about CHUNK_LOGITS / V positions)."""
+
+
+class CrossEntropy(NamedTuple):
+    """``total`` carries the gradient; ``per_position`` [L] is for metrics and carries none."""
+
+    total: Tensor
+    per_position: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,13 +39,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_L: Tensor,
         softcap: float | None,
         logit_scale: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = hidden_LD.requires_grad, weight_VD.requires_grad
         need_bias = bias_V is not None and bias_V.requires_grad
         grad_hidden = torch.empty_like(hidden_LD) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None
-        loss = hidden_LD.new_zeros((), dtype=torch.float32)
+        losses_L = hidden_LD.new_empty(hidden_LD.shape[0], dtype=torch.float32)
         rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
         for start in range(0, hidden_LD.shape[0], rows):
             h, y = hidden_LD[start : start + rows], targets_L[start : start + rows]
@@ -52,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope = 1 - z * z
                 z = softcap * z
             log_norm = torch.logsumexp(z, -1)
-            loss += (log_norm - z.gather(1, y[:, None])[:, 0]).sum()
+            losses_L[start : start + rows] = log_norm - z.gather(1, y[:, None])[:, 0]
             if not (need_hidden or need_weight or need_bias):
                 continue
             dz = torch.exp(z - log_norm[:, None])
@@ -68,11 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += dz.float().sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        return loss
+        ctx.mark_non_differentiable(losses_L)
+        return losses_L.sum(), losses_L
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
+        grad = grad_outputs[0]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
@@ -93,11 +101,11 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
-    """Sum over L of the cross-entropy of ``softmax(f(W h + b))`` at ``targets``; fp32 scalar, 0 when L = 0.
+) -> CrossEntropy:
+    """Cross-entropy of ``softmax(f(W h + b))`` at ``targets``: fp32 sum over L (0 when L = 0) and each position's loss.
 
     ``f`` multiplies by ``logit_scale`` and then applies ``softcap · tanh(· / softcap)`` when a softcap is given.
     The sum is returned, not a mean: the caller divides by the number of label tokens of the whole optimizer step.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_LD, weight_VD, bias_V, targets_L, softcap, logit_scale)
-    return loss
+    total, each = _LinearCrossEntropy.apply(hidden_LD, weight_VD, bias_V, targets_L, softcap, logit_scale)
+    return CrossEntropy(total, each)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlit.config.schema import ModelConfig
 from vlit.kernels.attention import make_segments
+from vlit.kernels.cross_entropy import CrossEntropy
 from vlit.models.attention import packed_arguments
 from vlit.models.interfaces import Connector, Encoder
 from vlit.models.llms.hf import HFLanguageModel
@@ -102,8 +103,8 @@ class VisionLanguageModel(nn.Module):
             **layer_arguments,
         )[0]
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Sum of the cross-entropy over the batch's supervised positions, fp32 scalar."""
+    def forward(self, batch: PackedBatch) -> CrossEntropy:
+        """Cross-entropy over the batch's supervised positions: its sum (fp32 scalar) and each position's share."""
         hidden_TD = self.hidden_states(batch)
         return self.llm.loss(hidden_TD.index_select(0, batch.supervised_positions), batch.targets)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlit.errors import ModelError
-from vlit.kernels.cross_entropy import linear_cross_entropy
+from vlit.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from vlit.models.attention import register
 from vlit.models.hub import read_config
 from vlit.models.interfaces import LanguageModel, LLMConfig
@@ -57,8 +57,8 @@ class HFLanguageModel(LanguageModel):
         """Trunk output after the final norm, ``[B, T, D]``; keyword arguments go to every layer."""
         return self.trunk(inputs_embeds=embeds_BTD, **kwargs).last_hidden_state  # type: ignore[no-any-return]
 
-    def loss(self, hidden_LD: Tensor, targets_L: Tensor) -> Tensor:
-        """Sum of the cross-entropy over L positions, fp32."""
+    def loss(self, hidden_LD: Tensor, targets_L: Tensor) -> CrossEntropy:
+        """Cross-entropy at L positions, fp32."""
         head = self.head
         return linear_cross_entropy(
             hidden_LD, head.weight, targets_L, bias_V=head.bias, softcap=self.softcap, logit_scale=self.logit_scale

@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both print the plain commands they run.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo demo-short demo-ablation test lint docs clean
+
+demo: $(STAMP)  ## train both stages on the embedded world, evaluate, write the report
+	$(BIN)/vlit demo
+
+demo-short: $(STAMP)  ## the same with a few steps: does everything run?
+	$(BIN)/vlit demo --short --output-dir outputs/demo-short
+
+demo-ablation: $(STAMP)  ## what each ingredient is worth, from runs
+	$(BIN)/vlit demo-ablation
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+docs: $(STAMP)  ## regenerate the configuration reference and its JSON schema
+	$(BIN)/vlit reference --out docs
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf outputs

@@ -1,0 +1,166 @@
+"""The command line: ``vlit train|eval|chat|preview|report|export|demo`` and ``scripts/*.py`` share this file.
+
+Every command takes dotted overrides (``stages.instruct.max_steps=20``). An error a person can mend is printed on one line
+and ends the command with exit code 2; an interrupted run ends with 128 + signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlit.errors import VlitError
+
+Handler = Callable[[argparse.Namespace], Any]
+
+
+def _train(args: argparse.Namespace) -> None:
+    from vlit.serve.commands import train
+
+    train(args.config, args.overrides, stage=args.stage)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from vlit.serve.commands import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        args.checkpoint,
+        args.benchmark,
+        args.overrides,
+        out=args.out,
+        rows=args.rows.split(","),
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+    )
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from vlit.serve.chat import chat
+
+    chat(args.checkpoint, args.image, prompt=args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from vlit.serve.commands import preview
+
+    preview(args.config, args.overrides, stage=args.stage, samples=args.samples, out=args.out, terminal=not args.quiet)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from vlit.serve.report import write_report
+
+    print(write_report(args.run_dir))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from vlit.serve.commands import export
+
+    export(args.checkpoint, args.to, args.out, dtype=args.dtype)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from vlit.serve.demo import run_demo
+
+    run_demo(args.output_dir, args.overrides, short=args.short)
+
+
+def _ablation(args: argparse.Namespace) -> None:
+    from vlit.serve.ablation import run_ablation
+
+    run_ablation(args.output_dir, args.overrides, only=args.only)
+
+
+def _schema(args: argparse.Namespace) -> None:
+    from vlit.serve.reference import write_reference
+
+    for path in write_reference(args.out):
+        print(path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(prog="vlit", description="Build models that follow visual instructions.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, handler: Handler, summary: str, *, overrides: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(handler=handler)
+        if overrides:
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
+        return sub
+
+    sub = command("train", _train, "Train all stages of a configuration; finished stages are skipped.")
+    sub.add_argument("--config", required=True, help="YAML file")
+    sub.add_argument("--stage", help="train only this stage; its predecessors must be finished")
+
+    sub = command("eval", _eval, "Evaluate a checkpoint; overrides set benchmark keys (split=test).")
+    sub.add_argument("--checkpoint", type=Path, required=True, help="run folder, stage folder or model folder")
+    sub.add_argument("--benchmark", required=True, help="registered benchmark, for example digits or qa")
+    sub.add_argument("--out", type=Path, help="folder for predictions.jsonl and results.json")
+    sub.add_argument("--rows", default="image", help="comma-separated: image, blind, shuffled (default: image)")
+    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+
+    sub = command("chat", _chat, "Talk to a checkpoint about an image.", overrides=False)
+    sub.add_argument("--checkpoint", type=Path, required=True)
+    sub.add_argument("--image", type=Path, action="append", default=[], help="image file; repeat for several")
+    sub.add_argument("--prompt", help="ask once and exit instead of opening a conversation")
+    sub.add_argument("--max-new-tokens", type=int, default=256)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+
+    sub = command("preview", _preview, "Show what training will see: pictures, tokens, which take loss, packing.")
+    sub.add_argument("--config", required=True)
+    sub.add_argument("--stage", help="default: every stage")
+    sub.add_argument("--samples", type=int, default=16)
+    sub.add_argument("--out", type=Path, help="HTML file (default: <output_dir>/preview.html)")
+    sub.add_argument("--quiet", action="store_true", help="write the HTML only")
+
+    sub = command("report", _report, "Write report.html of a run folder.", overrides=False)
+    sub.add_argument("run_dir", type=Path)
+
+    sub = command("export", _export, "Write a checkpoint others can load.", overrides=False)
+    sub.add_argument("--checkpoint", type=Path, required=True)
+    sub.add_argument("--to", choices=["hf"], default="hf")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+
+    sub = command("demo", _demo, "Train, evaluate and report on the embedded world.")
+    sub.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))
+    sub.add_argument("--short", action="store_true", help="a few steps and questions: does everything run?")
+
+    sub = command("demo-ablation", _ablation, "What each ingredient of the demo is worth, as a table from runs.")
+    sub.add_argument("--output-dir", type=Path, default=Path("outputs/ablation"))
+    sub.add_argument("--only", help="comma-separated names of runs")
+
+    sub = command("reference", _schema, "Write the configuration reference and JSON schema.", overrides=False)
+    sub.add_argument("--out", type=Path, default=Path("docs"))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> int:
+    """Run one command. ``command`` is set by ``scripts/<command>.py``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args([command, *words] if command else words)
+    try:
+        args.handler(args)
+    except VlitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(error, file=sys.stderr)
+        return int(code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""The model folder: what evaluation, chat, export and the next stage load.
+
+It holds what training changed and says where the rest comes from::
+
+    manifest.json            configuration, data rules, fingerprints of unchanged parts, sha256 of every file
+    connector.safetensors    always
+    llm/                     the whole language model as a Hugging Face folder, once it or its embeddings were tuned
+    vision.safetensors       the encoder, once it was tuned
+    {llm,vision}_lora.safetensors   adapters
+    tokenizer/               the tokenizer the model was trained with
+
+It is written aside and renamed, so it is complete or absent. Loading checks every hash, and that the unchanged parts are
+the ones the model was trained on. Nothing is decided by a folder's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlit.config.schema import ModelConfig, PartTuning
+from vlit.errors import CheckpointError
+from vlit.models.assemble import VisionLanguageModel, build_model
+from vlit.models.tuning import LORA_MARK, add_lora, embedding_parameters, fingerprint, has_lora, part_of_parameters
+
+FORMAT = "vlit-model"
+VERSION = 1
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_model(
+    model: VisionLanguageModel,
+    folder: Path,
+    *,
+    changed: set[str],
+    lora: dict[str, PartTuning],
+    data_rules: dict[str, Any],
+    tokenizer: Any,
+    info: dict[str, Any],
+) -> None:
+    """Write the model folder atomically, replacing an older one.
+
+    Args:
+        changed: parts trained in full since the base weights were loaded.
+        lora: adapter settings of the parts that carry adapters.
+        data_rules: template, image policy and length the model was trained with (a ``DataConfig`` dump).
+        info: provenance, for example stage, steps and run name.
+    """
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _save(dict(model.connector.state_dict()), aside / "connector.safetensors")
+    config = model.config.model_dump(mode="json")
+    if changed & {"llm", "embeddings"}:
+        model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(model.llm.hf))  # type: ignore[operator]
+        config["llm"] = {**config["llm"], "path": "llm"}
+    if "vision" in changed:
+        _save(_without_lora(model.encoder), aside / "vision.safetensors")
+    for part, module in {"llm": model.llm.hf, "vision": model.encoder}.items():
+        if part in lora:
+            _save({n: p for n, p in module.named_parameters() if LORA_MARK in n}, aside / f"{part}_lora.safetensors")
+    tokenizer.save_pretrained(aside / "tokenizer")
+    config["llm"]["tokenizer"] = "tokenizer"
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": _with_absolute_paths(config),
+        "data": data_rules,
+        "spec": asdict(model.spec),
+        "changed": sorted(changed),
+        "lora": {part: tuning.model_dump(mode="json") for part, tuning in lora.items()},
+        "unchanged": _unchanged_fingerprints(model, changed),
+        "info": info,
+        "files": {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()},
+    }
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a model folder. CheckpointError when there is none or it is from a newer vlit."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: not a vlit model folder (no manifest.json). Give <output_dir>/<stage>/model of a finished stage."
+        )
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        held = f"{manifest.get('format')} version {manifest.get('version')}"
+        raise CheckpointError(f"{path}: is {held}, this vlit reads {FORMAT} version {VERSION}.")
+    return manifest
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, seed: int = 0) -> tuple[VisionLanguageModel, dict[str, Any]]:
+    """Model and manifest; every file's sha256 and every unchanged part's fingerprint is checked.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a base model is not the one the run was trained on.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: listed in manifest.json but missing. Restore it or train the stage again.")
+        if (found := file_sha256(path)) != expected:
+            raise CheckpointError(f"{path}: damaged (sha256 {found[:12]}…, manifest says {expected[:12]}…).")
+    config = model_config(folder, manifest)
+    model = build_model(config, dtype=dtype, seed=seed)
+    _load(model.connector, folder / "connector.safetensors")
+    if "vision" in manifest["changed"]:
+        _load(model.encoder, folder / "vision.safetensors")
+    exclude = embedding_parameters(model)
+    for part, raw in manifest["lora"].items():
+        module = model.encoder if part == "vision" else model.llm.hf
+        add_lora(module, PartTuning.model_validate(raw), part=part, exclude=exclude)
+        _load(module, folder / f"{part}_lora.safetensors", only_lora=True)
+    _check_unchanged(model, manifest, folder)
+    return model.requires_grad_(False), manifest
+
+
+def model_config(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
+    """Model configuration of a model folder with the folder's own parts resolved to it."""
+    raw = json.loads(json.dumps(manifest["model"]))
+    if raw["llm"]["path"] == "llm":
+        raw["llm"]["path"] = str(folder / "llm")
+    raw["llm"]["tokenizer"] = str(folder / "tokenizer")
+    raw["init_from"] = None
+    try:
+        return ModelConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise CheckpointError(f"{folder}/manifest.json: model.{where}: {first['msg']}") from error
+
+
+def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Local base folders as absolute paths, so that the model loads from any working directory."""
+    for part in ("encoder", "llm"):
+        for key in ("path", "checkpoint", "pretrained"):
+            value = config[part].get(key)
+            if isinstance(value, str) and value != "llm" and Path(value).exists():
+                config[part][key] = str(Path(value).resolve())
+    return config
+
+
+def _unchanged_fingerprints(model: VisionLanguageModel, changed: set[str]) -> dict[str, str]:
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, part in part_of_parameters(model).items():
+        if part not in changed and part != "connector" and LORA_MARK not in name:
+            groups.setdefault(part, {})[name.replace(".base_layer", "")] = model.get_parameter(name)
+    return {part: fingerprint(tensors) for part, tensors in groups.items()}
+
+
+def _check_unchanged(model: VisionLanguageModel, manifest: dict[str, Any], folder: Path) -> None:
+    found = _unchanged_fingerprints(model, set(manifest["changed"]))
+    for part, expected in manifest["unchanged"].items():
+        if found.get(part) != expected:
+            source = manifest["model"]["encoder" if part == "vision" else "llm"].get("path", "its base")
+            raise CheckpointError(
+                f"{folder}: the base of part {part} ({source}) is not the one this model was trained on: fingerprint "
+                f"{str(found.get(part))[:12]}…, manifest says {expected[:12]}…. Restore the original base weights."
+            )
+
+
+def _without_lora(module: nn.Module) -> dict[str, Tensor]:
+    """State dict under the names the module had before adapters were added."""
+    if not has_lora(module):
+        return dict(module.state_dict())
+    return {n.replace(".base_layer", ""): t for n, t in module.state_dict().items() if LORA_MARK not in n}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+def _load(module: nn.Module, path: Path, *, only_lora: bool = False) -> None:
+    tensors = load_file(path)
+    own = dict(module.named_parameters()) if only_lora else module.state_dict()
+    expected = {n for n in own if LORA_MARK in n} if only_lora else set(own)
+    if set(tensors) != expected:
+        extra, missing = sorted(set(tensors) - expected)[:3], sorted(expected - set(tensors))[:3]
+        raise CheckpointError(f"{path}: weights do not fit the model. Not in the model: {extra}; not in the file: {missing}.")
+    module.load_state_dict(tensors, strict=not only_lora)

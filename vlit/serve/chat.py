@@ -1,0 +1,122 @@
+"""A conversation about images in the terminal: streaming, several turns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlit.answer import Answerer, Request, ask
+from vlit.errors import DataError
+from vlit.serve.commands import load_answerer
+from vlit.types import Turn
+
+HELP = "Ask a question. /image FILE adds a picture, /reset starts over, /exit leaves."
+
+
+class Conversation:
+    """Turns so far; every answer sees all of them, so the second question may refer to the first."""
+
+    def __init__(self, answerer: Answerer, images: Sequence[Path] = ()) -> None:
+        self.answerer = answerer
+        self.turns: list[Turn] = []
+        self.images: list[Path] = []
+        self._waiting = list(images)
+
+    def add_image(self, path: Path) -> None:
+        """Show ``path`` with the next question."""
+        _require_file(path)
+        self._waiting.append(path)
+
+    def reset(self) -> None:
+        """Forget all turns; the pictures are shown again with the next question."""
+        self._waiting = [*self.images, *self._waiting]
+        self.turns, self.images = [], []
+
+    def say(self, question: str, *, temperature: float = 0.0, stream: Any = None) -> str:
+        """Answer ``question``; pieces of the answer are written to ``stream`` as they come."""
+        turn = ask(question, self._waiting).turns[0]
+        images = [*self.images, *self._waiting]
+        request = Request((*self.turns, turn), tuple(images))
+        streamer = _Streamer(self.answerer, stream) if stream is not None else None
+        (answer,) = self.answerer.answers([request], temperature=temperature, streamer=streamer)
+        self.turns += [turn, Turn("assistant", answer)]
+        self.images, self._waiting = images, []
+        return answer
+
+
+class _Streamer:
+    """transformers' streamer protocol: ``put`` receives ids as they are made, ``end`` closes the line."""
+
+    def __init__(self, answerer: Answerer, stream: Any) -> None:
+        self.answerer, self.stream = answerer, stream
+        self.stop = {ids[0] for ids in answerer.tokenizer.stop_sequences() if len(ids) == 1}
+        self.ids: list[int] = []
+        self.written = ""
+
+    def put(self, value: Any) -> None:
+        self.ids += [i for i in value.reshape(-1).tolist() if i not in self.stop]
+        text = self.answerer.tokenizer.decode(self.ids).lstrip()
+        if text.startswith(self.written) and not text.endswith("\ufffd"):
+            self.stream.write(text[len(self.written) :])
+            self.stream.flush()
+            self.written = text
+
+    def end(self) -> None:
+        self.stream.write("\n")
+        self.stream.flush()
+
+
+def chat(
+    checkpoint: Path, images: Sequence[Path], *, prompt: str | None, max_new_tokens: int, temperature: float
+) -> None:
+    """Answer ``prompt`` once, or read questions from the terminal until end of input."""
+    for path in images:
+        _require_file(path)
+    answerer, _ = load_answerer(checkpoint, max_new_tokens=max_new_tokens)
+    conversation = Conversation(answerer, images)
+    if prompt is not None:
+        conversation.say(prompt, temperature=temperature, stream=sys.stdout)
+        return
+    print(HELP, file=sys.stderr)
+    with _line_editing():
+        for line in _lines():
+            command, _, argument = line.partition(" ")
+            if command == "/exit":
+                return
+            if command == "/reset":
+                conversation.reset()
+            elif command == "/image":
+                try:
+                    conversation.add_image(Path(argument.strip()))
+                except DataError as error:
+                    print(f"error: {error}", file=sys.stderr)
+            elif command.startswith("/"):
+                print(HELP, file=sys.stderr)
+            elif line:
+                conversation.say(line, temperature=temperature, stream=sys.stdout)
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+
+
+@contextmanager
+def _line_editing() -> Iterator[None]:
+    """Arrow keys and history where the platform has readline."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        pass
+    yield
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"--image {path}: no such file.")

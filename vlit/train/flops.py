@@ -1,0 +1,81 @@
+"""How many floating-point operations the mathematics of a step needs, and how many the machine can do.
+
+Useful FLOPs count what training cannot do without: no recomputation, no padding, logits only at supervised positions.
+For a part with linear weights N applied to n tokens: forward 2·N·n; backward the same again for the gradient of its input
+(when something before it is trained) and once more for the gradient of its weights (when it is trained itself).
+Attention over a causal segment of s tokens: 2·s²·width a layer forward, 2.5 times that backward; a vision encoder sees all
+pairs, twice as many. The matmul peak is measured in the same process, so the share is honest on a shared machine.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlit.models.assemble import VisionLanguageModel
+from vlit.types import PackedBatch
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """Best rate of a square matrix product in FLOP/s over a few tries (about 0.2 s)."""
+    n = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best, deadline = 0.0, time.perf_counter() + 0.2
+    for attempt in range(50):
+        _synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _synchronise(device)
+        if attempt:
+            best = max(best, 2.0 * n**3 / (time.perf_counter() - start))
+        if time.perf_counter() > deadline and attempt > 2:
+            break
+    return best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+class UsefulFlops:
+    """FLOPs of a micro-batch for one model and tuning; made once a stage, asked once a micro-batch."""
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        def trained(module: nn.Module) -> bool:
+            return any(p.requires_grad for p in module.parameters())
+
+        encoder_trained, connector_trained, llm_trained = (
+            trained(m) for m in (model.encoder, model.connector, model.llm)
+        )
+        before_llm = encoder_trained or connector_trained
+        spec = model.encoder.spec
+        self.per_image = _linear_weights(model.encoder) * 2.0 * spec.tokens_per_view * (3.0 if encoder_trained else 1.0)
+        blocks = max((len(m) for m in model.encoder.modules() if isinstance(m, nn.ModuleList)), default=0)
+        attention = 4.0 * spec.tokens_per_view**2 * spec.width * blocks
+        self.per_image += attention * (3.5 if encoder_trained else 1.0)
+        backward = 2.0 * connector_trained if encoder_trained else 1.5 * connector_trained
+        self.per_image += _linear_weights(model.connector) * 2.0 * model.spec.tokens_per_view * (1.0 + backward)
+        head: Any = model.llm.head
+        trunk = _linear_weights(model.llm.trunk)
+        passes = 1.0 + (1.0 if before_llm or llm_trained else 0.0) + (1.0 if llm_trained else 0.0)
+        self.per_token = 2.0 * trunk * passes
+        self.per_square = 2.0 * model.llm.width * len(model.llm.layers) * (3.5 if passes > 1 else 1.0)
+        self.per_label = 2.0 * head.weight.numel() * (passes if head.weight.requires_grad else min(passes, 2.0))
+
+    def of(self, batch: PackedBatch) -> float:
+        """Useful FLOPs of forward and backward for one packed row."""
+        squares = float(sum(n * n for n in batch.segment_lengths))
+        return (
+            self.per_image * batch.num_images
+            + self.per_token * batch.num_tokens
+            + self.per_square * squares
+            + self.per_label * batch.num_label_tokens
+        )

@@ -1,0 +1,86 @@
+"""Held-out loss and a few fixed sample answers during training, appended to ``validation.jsonl``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from vlit.answer import Answerer, Request
+from vlit.config.schema import DataConfig, ValidationConfig
+from vlit.data.collate import collate
+from vlit.data.images import load_view, resolve_image
+from vlit.data.mixture import Mixture
+from vlit.data.plan import pack
+from vlit.data.tokenize import SampleTokenizer
+from vlit.models.assemble import VisionLanguageModel
+from vlit.types import PackedBatch, Sample
+
+
+class Validator:
+    """Holds the same records for a whole stage; tokenises and packs them once."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: SampleTokenizer,
+        data: DataConfig,
+        config: ValidationConfig,
+        *,
+        micro_batch_tokens: int,
+    ) -> None:
+        self.config, self.data = config, data
+        sources = mixture.sources
+        picked: list[tuple[Sample, Any]] = []
+        for k in range(min(config.max_records, sum(len(s) for s in sources))):
+            source = sources[k % len(sources)]
+            if k // len(sources) < len(source):
+                picked.append((source.sample(k // len(sources)), source.image_root))
+        tokenised = [tokenizer.tokenize(sample) for sample, _ in picked]
+        (rows,) = pack([len(t) for t in tokenised], max_tokens=micro_batch_tokens, world_size=1)
+        self.batches: list[PackedBatch] = []
+        for members in rows:
+            views = [
+                load_view(resolve_image(picked[i][1], name), policy=data.image_policy, spec=tokenizer.spec)
+                for i in members
+                for name in tokenised[i].images
+            ]
+            self.batches.append(collate([tokenised[i] for i in members], views, spec=tokenizer.spec))
+        self.shown = [(sample, root) for sample, root in picked if sample.images][: config.sample_generations]
+
+    def run(self, model: VisionLanguageModel) -> dict[str, Any]:
+        """Mean loss per label token over the held-out records, and the sample answers."""
+        was_training = model.training
+        model.eval()
+        total, labels = 0.0, 0
+        with torch.no_grad():
+            for batch in self.batches:
+                total += float(model(batch.to(model.device)).total)
+                labels += batch.num_label_tokens
+        samples = self._answers(model)
+        model.train(was_training)
+        return {"loss": total / labels if labels else math.nan, "label_tokens": labels, "samples": samples}
+
+    def _answers(self, model: VisionLanguageModel) -> list[dict[str, Any]]:
+        if not self.shown:
+            return []
+        requests, rows = [], []
+        for sample, root in self.shown:
+            turns = sample.turns
+            first_answer = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
+            asked = turns[:first_answer]
+            count = sum(turn.text.count("<image>") for turn in asked)
+            images = tuple(resolve_image(root, name) for name in sample.images[:count])
+            requests.append(Request(asked, images))
+            rows.append(
+                {
+                    "id": sample.id,
+                    "image": str(images[0]) if images else None,
+                    "question": asked[-1].text,
+                    "answer": turns[first_answer].text,
+                }
+            )
+        answerer = Answerer(model, self.data, max_new_tokens=self.config.max_new_tokens)
+        predictions = answerer.answers(requests)
+        return [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
