@@ -273,43 +273,72 @@ def build_blip2(folder: Path, *, num_queries: int = 5) -> Path:
     return folder
 
 
-def build_timm(name: str, file: Path, **kwargs: Any) -> Path:
-    """Write the randomised weights of a small timm model, for example ``vit_tiny_patch16_224``, as safetensors."""
+def build_timm(folder: Path) -> Path:
+    """Write a tiny timm ViT (named through ``local-dir:<folder>``, with CLS and two registers); return ``folder``."""
     import timm
     from safetensors.torch import save_file
 
-    file = Path(file)
-    if not file.is_file():
-        torch.manual_seed(3)
-        model = timm.create_model(name, pretrained=False, **kwargs)
-        _randomise(model, seed=3)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
-    return file
+    folder = Path(folder)
+    if _complete(folder):
+        return folder
+    arguments = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": VISION_WIDTH, "depth": VISION_LAYERS}
+    arguments |= {"num_heads": 4, "reg_tokens": 2}
+    torch.manual_seed(3)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **arguments)
+    _randomise(model, seed=3)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, IMAGE_SIZE, IMAGE_SIZE],
+            "num_classes": 0,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "interpolation": "bicubic",
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    return folder
 
 
-OPEN_CLIP_CONFIG: dict[str, Any] = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "layers": VISION_LAYERS, "width": 64, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2},
-}
-
-
-def build_open_clip(folder: Path, *, model: str = "tiny-ViT", **vision_cfg: Any) -> tuple[Path, Path]:
-    """Write an open_clip model config (``<model>.json``) and a checkpoint of the whole model; return both files."""
+def build_open_clip(folder: Path) -> Path:
+    """Write a tiny open_clip model (named through ``local-dir:<folder>``): 4 blocks of width 64; return ``folder``."""
     import open_clip
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config_file, weights = folder / f"{model}.json", folder / f"{model}.safetensors"
+    weights = folder / "open_clip_model.safetensors"
     if weights.is_file():
-        return config_file, weights
-    config = OPEN_CLIP_CONFIG | {"vision_cfg": OPEN_CLIP_CONFIG["vision_cfg"] | vision_cfg}
-    config_file.write_text(json.dumps(config), encoding="utf-8")
-    open_clip.add_model_config(config_file)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    vision = {
+        "image_size": IMAGE_SIZE,
+        "layers": VISION_LAYERS,
+        "width": 64,
+        "head_width": 16,
+        "patch_size": PATCH_SIZE,
+    }
+    config = {
+        "model_cfg": {
+            "embed_dim": 24,
+            "vision_cfg": vision,
+            "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": HALF, "std": HALF, "interpolation": "bilinear"},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.manual_seed(4)
-    clip = open_clip.create_model(model)
+    clip = open_clip.CLIP(
+        embed_dim=24,
+        vision_cfg=open_clip.CLIPVisionCfg(**vision),
+        text_cfg=open_clip.CLIPTextCfg(context_length=16, vocab_size=64, width=32, heads=4, layers=2),
+    )
     _randomise(clip, seed=4)
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, weights)
-    return config_file, weights
+    return folder
