@@ -85,7 +85,9 @@ def evaluate_checkpoint(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"--benchmark {benchmark}: {where}{first['msg'] if not where else ': ' + first['msg']}") from error
+        raise ConfigError(
+            f"--benchmark {benchmark}: {where}{first['msg'] if not where else ': ' + first['msg']}"
+        ) from error
     built = config.build()
     answerer, manifest = load_answerer(checkpoint, max_new_tokens=max_new_tokens)
     folder = Path(manifest["folder"])
@@ -169,7 +171,7 @@ def preview(
     run = load_config(config_path, overrides)
     _build_world(run)
     if stage is not None and stage not in run.stages:
-        raise ConfigError(f'--stage {stage}: no such stage in {config_path}. Known: {", ".join(run.stages)}.')
+        raise ConfigError(f"--stage {stage}: no such stage in {config_path}. Known: {', '.join(run.stages)}.")
     path = out or Path(run.output_dir) / "preview.html"
     write_preview(run, stages=[stage] if stage else list(run.stages), samples=samples, out=path, terminal=terminal)
     print(f"preview  {path}", file=sys.stderr)

@@ -72,7 +72,7 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
             )
         data, config = run.data_for(name), run.stages[name]
         tokenizer = SampleTokenizer(spec, data)
-        total = mixture.total_steps(global_batch=config.global_batch, epochs=config.epochs, max_steps=config.max_steps)
+        total = mixture.total_steps(config.epochs, global_batch=config.global_batch, max_steps=config.max_steps)
         _write_plan(out, name, mixture, tokenizer, run, total, ranks)
         tuned = _load(run, previous / "model" if previous else None, dtype, ranks)
         _prepare_parts(tuned, name, run)
@@ -163,7 +163,7 @@ def _finish(tuned: Tuned, stage: StageRun, position: Position, run: RunConfig) -
         changed=tuned.changed,
         lora=tuned.lora,
         data_rules=rules,
-        tokenizer=stage.tokenizer.hf,
+        tokenizer=stage.tokenizer.tokenizer,
         info=info,
     )
     done = {"identity": stage.identity, "steps": position.step, "seconds": position.seconds, **info}

@@ -16,23 +16,20 @@ from typing import Any
 import torch
 
 from vlit.config.schema import RunConfig, StageConfig
-from vlit.data.index import open_source
 from vlit.data.load import StepLoader
 from vlit.data.mixture import Mixture
+from vlit.data.source import RecordSource, open_source
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import TrainingError
 from vlit.models.assemble import VisionLanguageModel
 from vlit.train.checkpoint import Position, check_identity, newest_state, restore_state, save_state
 from vlit.train.distributed import Ranks
-from vlit.train.flops import UsefulFlops, matmul_peak
+from vlit.train.flops import UsefulFlops
 from vlit.train.metrics import MetricsFile, Progress, log_line, memory_used
 from vlit.train.optimizer import TrainedWeights, learning_rate_factor
 from vlit.train.step import StepResult, train_step
 from vlit.train.validate import Validator
 from vlit.types import StepBatch
-
-SIGNAL_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
 
 class Interrupted(Exception):
     """A signal asked the run to stop; its state is saved. ``exit_code`` follows the shell's convention (128 + signal)."""
@@ -49,13 +46,13 @@ class StageRun:
     name: str
     config: StageConfig
     folder: Path
-    mixture: Mixture
+    mixture: Mixture[RecordSource]
     tokenizer: SampleTokenizer
     total_steps: int
     identity: dict[str, Any]
 
 
-def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture:
+def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture[RecordSource]:
     """The stage's datasets, opened, validated and mixed."""
     data, folder = run.data_for(stage), Path(run.output_dir) / stage
     sources = [
@@ -67,7 +64,7 @@ def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture:
     return Mixture(sources, seed=run.seed)
 
 
-def stage_identity(run: RunConfig, stage: str, mixture: Mixture, dtype: torch.dtype, previous: Any) -> dict[str, Any]:
+def stage_identity(run: RunConfig, stage: str, mixture: Mixture[RecordSource], dtype: torch.dtype, previous: Any) -> dict[str, Any]:
     """All that decides what the stage's result is: a checkpoint or finished stage of another identity is refused."""
     config = run.stages[stage].model_dump(mode="json")
     for free in ("validation", "checkpoint", "max_non_finite_steps"):
@@ -124,7 +121,7 @@ def train_stage(
         world_size=ranks.world_size,
         start_step=position.step,
         total_steps=stage.total_steps,
-        num_workers=data.num_workers,
+        quarantine_path=stage.folder / "quarantine.jsonl" if ranks.is_main else None,
     )
     started, saved_at, state_root = time.perf_counter(), time.monotonic(), stage.folder / "state"
     with _stop_requests() as stop:

@@ -41,7 +41,7 @@ def train_step(
     sources: list[str],
 ) -> StepResult:
     """Forward and backward over the step's micro-batches, then one update unless something is not finite."""
-    rows = batch.micro_batches
+    rows = [row for row in batch.micro_batches if row.num_tokens]
     counts = torch.tensor(
         [
             sum(row.num_label_tokens for row in rows),

@@ -10,9 +10,10 @@ import torch
 from vlit.answer import Answerer, Request
 from vlit.config.schema import DataConfig, ValidationConfig
 from vlit.data.collate import collate
-from vlit.data.images import load_view, resolve_image
+from vlit.data.images import load_view
 from vlit.data.mixture import Mixture
-from vlit.data.plan import pack
+from vlit.data.pack import pack
+from vlit.data.source import RecordSource
 from vlit.data.tokenize import SampleTokenizer
 from vlit.models.assemble import VisionLanguageModel
 from vlit.types import PackedBatch, Sample
@@ -23,7 +24,7 @@ class Validator:
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture[RecordSource],
         tokenizer: SampleTokenizer,
         data: DataConfig,
         config: ValidationConfig,
@@ -32,22 +33,22 @@ class Validator:
     ) -> None:
         self.config, self.data = config, data
         sources = mixture.sources
-        picked: list[tuple[Sample, Any]] = []
+        picked: list[tuple[Sample, RecordSource]] = []
         for k in range(min(config.max_records, sum(len(s) for s in sources))):
             source = sources[k % len(sources)]
             if k // len(sources) < len(source):
-                picked.append((source.sample(k // len(sources)), source.image_root))
+                picked.append((source.sample(k // len(sources)), source))
         tokenised = [tokenizer.tokenize(sample) for sample, _ in picked]
-        (rows,) = pack([len(t) for t in tokenised], max_tokens=micro_batch_tokens, world_size=1)
+        (rows,) = pack([len(t) for t in tokenised], micro_batch_tokens, world_size=1)
         self.batches: list[PackedBatch] = []
         for members in rows:
             views = [
-                load_view(resolve_image(picked[i][1], name), policy=data.image_policy, spec=tokenizer.spec)
+                load_view(picked[i][1].image_path(name), policy=data.image_policy, spec=tokenizer.spec)
                 for i in members
                 for name in tokenised[i].images
             ]
-            self.batches.append(collate([tokenised[i] for i in members], views, spec=tokenizer.spec))
-        self.shown = [(sample, root) for sample, root in picked if sample.images][: config.sample_generations]
+            self.batches.append(collate([tokenised[i] for i in members], views, image_size=tokenizer.spec.image_size))
+        self.shown = [(sample, source) for sample, source in picked if sample.images][: config.sample_generations]
 
     def run(self, model: VisionLanguageModel) -> dict[str, Any]:
         """Mean loss per label token over the held-out records, and the sample answers."""
@@ -66,12 +67,12 @@ class Validator:
         if not self.shown:
             return []
         requests, rows = [], []
-        for sample, root in self.shown:
+        for sample, source in self.shown:
             turns = sample.turns
             first_answer = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
             asked = turns[:first_answer]
             count = sum(turn.text.count("<image>") for turn in asked)
-            images = tuple(resolve_image(root, name) for name in sample.images[:count])
+            images = tuple(source.image_path(name) for name in sample.images[:count])
             requests.append(Request(asked, images))
             rows.append(
                 {
