@@ -1,0 +1,57 @@
+"""What a dataset format offers: a stream of canonical rows, with the bad ones marked instead of raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from vlit.config.component import ComponentConfig
+from vlit.errors import DataError
+from vlit.types import Role, Sample, Turn
+
+
+class Row(NamedTuple):
+    """A valid record in canonical form: ``roles`` and ``texts`` have one entry a turn, ``images`` one a placeholder."""
+
+    record: int  # counted from 0, as `jq '.[n]'` does
+    id: str
+    kind: str | None
+    roles: list[Role]
+    texts: list[str]
+    images: list[str]
+
+
+class BadRow(NamedTuple):
+    """A record that cannot be used; ``reason`` is a sentence with both values, without file or record number."""
+
+    record: int
+    id: str | None
+    reason: str
+
+
+class FormatConfig(ComponentConfig):
+    """Config of a format. A format never decides what happens to a bad record: the caller's policy does."""
+
+    def iter_rows(self, path: Path) -> Iterator[Row | BadRow]:
+        """All records of ``path`` in file order. DataError when the file as a whole cannot be read."""
+        raise NotImplementedError(f"{type(self).__name__} must implement iter_rows")
+
+    def iter_samples(self, path: Path, source: str) -> Iterator[Sample]:
+        """All records as samples; the first bad one is a DataError that names file, record and id."""
+        for row in self.iter_rows(path):
+            if isinstance(row, BadRow):
+                raise DataError(f"{place_of(path, row.record, row.id)}: {row.reason}. Fix the record.")
+            yield sample_of(row, source)
+
+
+def sample_of(row: Row, source: str) -> Sample:
+    """The :class:`Sample` of a row."""
+    turns = tuple(Turn(role, text) for role, text in zip(row.roles, row.texts, strict=True))
+    return Sample(id=row.id, source=source, turns=turns, images=tuple(row.images), kind=row.kind)
+
+
+def place_of(path: Path, record: int, sample_id: str | None) -> str:
+    """How errors name a record: ``mix665k.json#21357 (id "000000033471")``."""
+    shown = f' (id "{sample_id}")' if sample_id is not None else ""
+    return f"{path.name}#{record}{shown}"

@@ -1,0 +1,271 @@
+"""Columnar index of a dataset file: built once, memory-mapped ever after.
+
+A row of the Arrow file is one valid record in canonical form (id, kind, images, turns). Workers share its pages through
+the page cache and hold no Python object per record, so their memory does not grow (pains A-59, A-61). The cache key is
+the content of the source file, the format's config and the index version; the file is written aside and renamed, so a
+killed build leaves nothing behind that could be taken for an index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlit.data.formats._base import BadRow, FormatConfig, Row, place_of
+from vlit.data.progress import phase
+from vlit.errors import DataError
+
+INDEX_VERSION = 1
+ROWS_PER_BATCH = 2048
+_HASH_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """What is known of an index without opening it."""
+
+    path: str  # the Arrow file
+    num_records: int  # good ones
+    num_bad: int
+    num_with_images: int
+    content_hash: str
+    bad: list[dict[str, Any]] = field(default_factory=list)  # record, id, reason; at most MAX_BAD_KEPT
+
+
+MAX_BAD_KEPT = 100_000
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """``cache_dir``, else ``$VLIT_CACHE``, else ``~/.cache/vlit``."""
+    return Path(cache_dir or os.environ.get("VLIT_CACHE") or Path.home() / ".cache" / "vlit").expanduser()
+
+
+def build_or_open_index(
+    path: Path,
+    *,
+    format: FormatConfig,
+    cache_dir: str | None,
+    stop_at_first_bad: bool,
+    progress: bool,
+) -> IndexInfo:
+    """The index of ``path``; built if the cache does not hold it. Processes that want the same one wait for the first.
+
+    Raises:
+        DataError: the file cannot be read, holds no valid record, or (``stop_at_first_bad``) its first bad record.
+    """
+    folder = cache_folder(cache_dir) / "index"
+    folder.mkdir(parents=True, exist_ok=True)
+    content_hash = _content_hash(path, folder, progress=progress)
+    identity = json.dumps([INDEX_VERSION, content_hash, format.model_dump(mode="json")], sort_keys=True)
+    base = folder / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    info = _read_info(base)
+    if info is None:
+        with _lock(base.with_suffix(".lock")):
+            info = _read_info(base)  # another process may have built it while this one waited
+            if info is None:
+                info = _build(
+                    path, base, format=format, content_hash=content_hash, stop=stop_at_first_bad, progress=progress
+                )
+    if stop_at_first_bad and info.num_bad:
+        bad = info.bad[0]
+        raise bad_record_error(path, BadRow(bad["record"], bad["id"], bad["reason"]), num_quarantined=0)
+    return info
+
+
+def bad_record_error(path: Path, bad: BadRow, *, num_quarantined: int) -> DataError:
+    """The error that a bad record raises under ``data.on_bad_sample: error``."""
+    return DataError(
+        f"{place_of(path, bad.record, bad.id)}: {bad.reason}. Fix the record, or set data.on_bad_sample: quarantine "
+        f"(now: error; {num_quarantined} quarantined so far)."
+    )
+
+
+class ArrowRows:
+    """Random access to the rows of an index. Opened on first use, in whichever process uses it; pickles as its path."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._table: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_table": None}
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if self._table is None:
+            from datasets import Dataset
+
+            self._table = Dataset.from_file(self.path).data
+        return self._table.fast_slice(row, 1).to_pylist()[0]
+
+
+def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, stop: bool, progress: bool) -> IndexInfo:
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [
+            ("record", pa.int64()),
+            ("id", pa.string()),
+            ("kind", pa.string()),
+            ("images", pa.list_(pa.string())),
+            ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
+        ]
+    )
+    aside = base.with_name(f"{base.name}.{os.getpid()}.tmp")
+    counts = {"rows": 0, "bad": 0, "with_images": 0}
+    bad_rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    try:
+        with (
+            phase(f"index {path.name}", total=None, unit="records", show=progress) as report,
+            aside.open("wb") as file,
+            pa.ipc.new_stream(file, schema) as writer,
+        ):
+
+            def keep_bad(bad: BadRow) -> None:
+                if stop:
+                    raise bad_record_error(path, bad, num_quarantined=0)
+                counts["bad"] += 1
+                if len(bad_rows) < MAX_BAD_KEPT:
+                    bad_rows.append(bad._asdict())
+
+            for rows in _batches(format.iter_rows(path), keep_bad):
+                writer.write_batch(_record_batch(rows, schema))
+                counts["rows"] += len(rows)
+                counts["with_images"] += sum(1 for row in rows if row.images)
+                report(len(rows))
+        if not counts["rows"]:
+            first = f" First: record {bad_rows[0]['record']}: {bad_rows[0]['reason']}." if bad_rows else ""
+            raise DataError(f"{path}: no valid record ({counts['bad']} bad ones).{first} Check the file.")
+        arrow = base.with_suffix(".arrow")
+        os.replace(aside, arrow)
+    finally:
+        aside.unlink(missing_ok=True)
+    meta = {
+        "source": str(path.resolve()),
+        "content_hash": content_hash,
+        "num_records": counts["rows"],
+        "num_bad": counts["bad"],
+        "num_with_images": counts["with_images"],
+        "seconds": round(time.perf_counter() - started, 2),
+        "bad": bad_rows,
+    }
+    _write_atomically(base.with_suffix(".json"), json.dumps(meta).encode())
+    info = _read_info(base)
+    if info is None:
+        raise DataError(f"{base}.json: written but not readable. Check the disk under data.cache_dir.")
+    return info
+
+
+def _batches(rows: Iterator[Row | BadRow], on_bad: Callable[[BadRow], None]) -> Iterator[list[Row]]:
+    held: list[Row] = []
+    for row in rows:
+        if isinstance(row, BadRow):
+            on_bad(row)
+            continue
+        held.append(row)
+        if len(held) == ROWS_PER_BATCH:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _record_batch(rows: list[Row], schema: Any) -> Any:
+    """Columns from flat lists: about ten times faster than nested Python objects."""
+    import pyarrow as pa
+
+    def offsets(lengths: Iterator[int]) -> Any:
+        total, ends = 0, [0]
+        for length in lengths:
+            total += length
+            ends.append(total)
+        return pa.array(ends, pa.int32())
+
+    turns = pa.StructArray.from_arrays(
+        [
+            pa.array([role for row in rows for role in row.roles], pa.string()),
+            pa.array([text for row in rows for text in row.texts], pa.string()),
+        ],
+        fields=list(schema.field("turns").type.value_type),
+    )
+    return pa.record_batch(
+        [
+            pa.array([row.record for row in rows], pa.int64()),
+            pa.array([row.id for row in rows], pa.string()),
+            pa.array([row.kind for row in rows], pa.string()),
+            pa.ListArray.from_arrays(
+                offsets(len(row.images) for row in rows), pa.array([i for row in rows for i in row.images], pa.string())
+            ),
+            pa.ListArray.from_arrays(offsets(len(row.texts) for row in rows), turns),
+        ],
+        schema=schema,
+    )
+
+
+def _read_info(base: Path) -> IndexInfo | None:
+    """None unless both files of a finished index are there. The description is written last, so it is the done-mark."""
+    meta_path, arrow = base.with_suffix(".json"), base.with_suffix(".arrow")
+    if not meta_path.is_file() or not arrow.is_file():
+        return None
+    meta = json.loads(meta_path.read_bytes())
+    return IndexInfo(
+        path=str(arrow),
+        num_records=meta["num_records"],
+        num_bad=meta["num_bad"],
+        num_with_images=meta["num_with_images"],
+        content_hash=meta["content_hash"],
+        bad=meta["bad"],
+    )
+
+
+def _content_hash(path: Path, folder: Path, *, progress: bool) -> str:
+    """blake2b of the file. Remembered by (inode, size, change time), which any write to the file alters."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Check data path and working directory ({Path.cwd()})."
+        ) from error
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a .json or .jsonl file. Name the file in it.")
+    resolved = str(path.resolve())
+    signature = [resolved, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    memo = folder / f"{hashlib.blake2b(resolved.encode(), digest_size=16).hexdigest()}.hash"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        held = json.loads(memo.read_bytes())
+        if held["signature"] == signature:
+            return str(held["hash"])
+    digest = hashlib.blake2b(digest_size=32)
+    big = stat.st_size > 64 << 20
+    with (
+        phase(f"hash {path.name}", total=stat.st_size, unit="bytes", show=progress and big) as report,
+        path.open("rb") as file,
+    ):
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+            report(len(chunk))
+    _write_atomically(memo, json.dumps({"signature": signature, "hash": digest.hexdigest()}).encode())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Exclusive among the processes of this machine. Freed by the system when its holder dies."""
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # file systems without locks: the rename still keeps the result whole
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

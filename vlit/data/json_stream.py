@@ -1,0 +1,135 @@
+"""The records of a JSON array or JSONL file as raw bytes, one at a time: memory stays at one chunk for any file size.
+
+A JSON array is cut at its top-level commas by whole-chunk array operations (strings, escapes and nesting respected), so
+a damaged record is one damaged slice and not the end of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from vlit.errors import DataError
+
+CHUNK_BYTES = 16 << 20
+_WHITESPACE = b" \t\r\n"
+_QUOTE, _BACKSLASH, _COMMA = 34, 92, 44
+_STEP = np.zeros(256, np.int8)  # change of nesting depth
+_STEP[[ord("{"), ord("[")]] = 1
+_STEP[[ord("}"), ord("]")]] = -1
+_STRUCTURAL = _STEP != 0
+_STRUCTURAL[_COMMA] = True
+
+
+def iter_json_records(path: Path, *, advance: Callable[[int], object] | None = None) -> Iterator[bytes]:
+    """Bytes of every record of ``path`` in order. ``advance(number of bytes)`` is called as the file is read.
+
+    A file whose first character is ``[`` is one JSON array; anything else is read as JSONL (blank lines ignored).
+
+    Raises:
+        DataError: the file is missing, empty, or its array is cut off or followed by something else.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+            if not head.lstrip(b"\xef\xbb\xbf").lstrip(_WHITESPACE):
+                raise DataError(f"{path}: the file is empty. Expected a JSON array of records or one record a line.")
+            start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+            file.seek(start)
+            is_array = head[start:].lstrip(_WHITESPACE).startswith(b"[")
+            yield from (_array if is_array else _lines)(file, path, advance or (lambda _: None))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path in data.path.") from error
+
+
+def _lines(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
+    read = 0
+    for line in file:
+        read += len(line)
+        if read >= 1 << 20:
+            advance(read)
+            read = 0
+        line = line.strip()
+        if line:
+            yield line
+    advance(read)
+
+
+def _array(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
+    rest, opened, closed, number, offset = b"", False, False, 0, file.tell()
+    while chunk := file.read(max(CHUNK_BYTES, len(rest))):  # doubling keeps one giant record linear
+        advance(len(chunk))
+        buffer = rest + chunk
+        if not opened:
+            stripped = buffer.lstrip(_WHITESPACE)
+            if not stripped:
+                offset, rest = offset + len(buffer), b""
+                continue
+            offset += len(buffer) - len(stripped) + 1
+            buffer, opened = stripped[1:], True
+        if closed:
+            rest = buffer
+        else:
+            begin = 0
+            ends, closed = _element_ends(buffer)
+            for end in ends:
+                element = buffer[begin:end].strip(_WHITESPACE)
+                last = closed and end == ends[-1]
+                if not element and not (last and number == 0):
+                    raise DataError(
+                        f"{path}: record {number} is empty (two commas in a row, or one before the closing bracket), "
+                        f"at byte {offset + begin}. Remove the comma."
+                    )
+                if element:
+                    yield element
+                    number += 1
+                begin = end + 1
+            offset, rest = offset + begin, buffer[begin:]
+        if closed and rest.strip(_WHITESPACE):
+            raise DataError(
+                f"{path}: the array ends after {number} records, but more text follows at byte {offset}. "
+                "Make it one JSON array, or one record a line (.jsonl)."
+            )
+        if closed:
+            rest = b""
+    if not closed:
+        raise DataError(
+            f"{path}: the file ends inside record {number} (record starts at byte {offset}); the array is not closed. "
+            "The file is cut off: copy or download it again."
+        )
+
+
+def _element_ends(buffer: bytes) -> tuple[list[int], bool]:
+    """Positions of the commas (and of the closing bracket, if there) that end the elements starting at byte 0."""
+    data = np.frombuffer(buffer, np.uint8)
+    quotes = _unescaped_quotes(data)
+    structural = np.flatnonzero(_STRUCTURAL[data])
+    structural = structural[
+        np.searchsorted(quotes, structural) % 2 == 0
+    ]  # an odd number of quotes before = in a string
+    kinds = data[structural]
+    depth = np.cumsum(_STEP[kinds], dtype=np.int64)
+    closing = np.flatnonzero(depth < 0)[:1]
+    top = np.flatnonzero((depth == 0) & (kinds == _COMMA))
+    if len(closing):
+        top = np.append(top[top < closing[0]], closing[0])
+    return structural[top].tolist(), bool(len(closing))
+
+
+def _unescaped_quotes(data: np.ndarray) -> np.ndarray:
+    quotes = np.flatnonzero(data == _QUOTE)
+    if not len(quotes):
+        return quotes
+    after_backslash = (quotes > 0) & (data[quotes - 1] == _BACKSLASH)
+    if not after_backslash.any():
+        return quotes
+    backslashes = np.flatnonzero(data == _BACKSLASH)
+    run_starts = backslashes[np.concatenate(([True], np.diff(backslashes) != 1))]
+    doubtful = quotes[after_backslash]
+    run_length = doubtful - run_starts[np.searchsorted(run_starts, doubtful) - 1]
+    keep = np.ones(len(quotes), bool)
+    keep[after_backslash] = run_length % 2 == 0
+    return quotes[keep]

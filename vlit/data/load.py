@@ -1,0 +1,221 @@
+"""Step loader: plan, then fetch.
+
+A step is ``global_batch`` records. Whoever loads a step tokenizes all its records (that is cheap and gives exact
+lengths), packs them by the one deterministic plan, and decodes only the images of its own rank. A worker makes whole
+steps, so content and order are the same for every number of workers, and resuming is ``start_step``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlit.config.schema import DataConfig
+from vlit.data.collate import collate
+from vlit.data.images import load_view
+from vlit.data.mixture import Mixture
+from vlit.data.pack import pack
+from vlit.data.source import QuarantineEntry, RecordSource, check_budget, write_quarantine
+from vlit.data.tokenize import SampleTokenizer
+from vlit.errors import DataError, VlitError
+from vlit.types import PackedBatch, StepBatch, TokenizedSample
+
+
+def resolve_num_workers(setting: int | str) -> int:
+    """Worker processes for ``data.num_workers``: ``auto`` is 0 below 4 cores, else half of the cores up to 8."""
+    if setting != "auto":
+        return int(setting)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores < 4 else min(8, cores // 2)
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """A step on its way out of a worker. ``error`` replaces an exception, whose traceback would bury the message."""
+
+    batch: StepBatch | None
+    bad: list[tuple[int, int, QuarantineEntry]]  # source, record number in it
+    error: str | None = None
+
+    def pin_memory(self, device: object = None) -> _Fetched:
+        """Called by torch's loader when a GPU is there."""
+        if self.batch is not None:
+            self.batch.micro_batches = [_pinned(micro) for micro in self.batch.micro_batches]
+        return self
+
+
+class StepLoader:
+    """Iterates over the :class:`StepBatch` of the steps ``start_step … total_steps - 1`` for one rank.
+
+    All ranks get the same number of micro-batches in a step; one may hold no token (``num_tokens == 0``) when records
+    are fewer than rows or a row's only record was quarantined.
+
+    Args:
+        global_batch: records per step over all ranks.
+        micro_batch_tokens: most tokens of a packed row (a longer sample has a row of its own).
+        num_workers: default ``data.num_workers``.
+        quarantine_path: manifest that records found bad while loading are added to (policy ``quarantine``).
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture[RecordSource],
+        tokenizer: SampleTokenizer,
+        data: DataConfig,
+        *,
+        global_batch: int,
+        micro_batch_tokens: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        total_steps: int,
+        num_workers: int | None = None,
+        quarantine_path: Path | None = None,
+    ) -> None:
+        self.start_step = start_step
+        self.total_steps = total_steps
+        self.num_workers = resolve_num_workers(data.num_workers if num_workers is None else num_workers)
+        self._data = data
+        self._mixture = mixture
+        self._quarantine_path = quarantine_path
+        self._bad: dict[int, set[int]] = {}
+        self._steps = _Steps(
+            mixture, tokenizer, data,
+            global_batch=global_batch, micro_batch_tokens=micro_batch_tokens, rank=rank, world_size=world_size,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return max(0, self.total_steps - self.start_step)
+
+    def step(self, step: int) -> StepBatch:
+        """One step, made in this process."""
+        return self._checked(self._steps[step])
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        loader: DataLoader[_Fetched] = DataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=range(self.start_step, self.total_steps),
+            num_workers=self.num_workers,
+            prefetch_factor=2 if self.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_init_worker,
+        )
+        for fetched in loader:
+            yield self._checked(fetched)
+
+    def _checked(self, fetched: _Fetched) -> StepBatch:
+        if fetched.error is not None or fetched.batch is None:
+            raise DataError(fetched.error or "the loader returned no batch")
+        new = []
+        for number, record, entry in fetched.bad:
+            seen = self._bad.setdefault(number, set())
+            if record not in seen:
+                seen.add(record)
+                new.append(entry)
+        if new and self._quarantine_path is not None:
+            write_quarantine(self._quarantine_path, new)
+        for number in {number for number, _, _ in fetched.bad}:
+            source = self._mixture.sources[number]
+            num_bad = source.num_quarantined + len(self._bad[number])
+            num_all = source.num_quarantined + len(source)
+            check_budget(source.name, num_bad, num_all, self._data.quarantine_budget, self._quarantine_path, new)
+        return fetched.batch
+
+
+class _Steps(Dataset[_Fetched]):
+    """Step number -> step. All state is in its arguments, none is kept per record."""
+
+    def __init__(
+        self, mixture: Mixture[RecordSource], tokenizer: SampleTokenizer, data: DataConfig, *,
+        global_batch: int, micro_batch_tokens: int, rank: int, world_size: int,
+    ) -> None:  # fmt: skip
+        self.mixture = mixture
+        self.tokenizer = tokenizer
+        self.data = data
+        self.global_batch = global_batch
+        self.micro_batch_tokens = micro_batch_tokens
+        self.rank = rank
+        self.world_size = world_size
+
+    def __getitem__(self, step: int) -> _Fetched:
+        try:
+            return self._make(step)
+        except VlitError as error:
+            return _Fetched(None, [], error=str(error))
+
+    def _make(self, step: int) -> _Fetched:
+        records = self.mixture.step_records(step, self.global_batch)
+        result = StepBatch(step=step, micro_batches=[])
+        fetched = _Fetched(result, [])
+        samples: dict[int, TokenizedSample] = {}
+        for place, (number, record) in enumerate(records):
+            source = self.mixture.sources[number]
+            try:
+                samples[place] = self.tokenizer.tokenize(source.sample(record))
+            except DataError as error:
+                self._bad(fetched, number, record, str(error), report=self.rank == 0)
+        places = list(samples)
+        spec = self.tokenizer.spec
+        plan = pack(
+            [len(samples[place]) for place in places],
+            self.micro_batch_tokens,
+            self.world_size,
+            image_tokens=[len(samples[place].images) * spec.tokens_per_view for place in places],
+        )[self.rank]
+        for row in plan:
+            kept: list[TokenizedSample] = []
+            pixels: list[np.ndarray] = []
+            for place in (places[n] for n in row):
+                number, record = records[place]
+                sample, source = samples[place], self.mixture.sources[number]
+                try:
+                    pixels += [
+                        load_view(source.image_path(image), policy=self.data.image_policy, spec=spec)
+                        for image in sample.images
+                    ]
+                except DataError as error:
+                    self._bad(fetched, number, record, str(error), report=True)
+                    continue
+                kept.append(sample)
+                result.dropped_turns += sample.dropped_turns
+                result.cut_tokens += sample.cut_tokens
+            result.micro_batches.append(collate(kept, pixels, image_size=spec.image_size))
+        return fetched
+
+    def _bad(self, fetched: _Fetched, number: int, record: int, reason: str, *, report: bool) -> None:
+        source = self.mixture.sources[number]
+        place = source.place(record)
+        if self.data.on_bad_sample == "error":
+            raise DataError(
+                f"{place}: {reason.rstrip('.')}. Fix the record, or set data.on_bad_sample: quarantine (now: error; "
+                f"{source.num_quarantined} quarantined so far)."
+            )
+        if report and fetched.batch is not None:
+            fetched.bad.append((number, record, source.quarantine_entry(record, reason)))
+            fetched.batch.quarantined.append((place, reason))
+
+
+def _pinned(micro: PackedBatch) -> PackedBatch:
+    return PackedBatch(
+        input_ids=micro.input_ids.pin_memory(),
+        position_ids=micro.position_ids.pin_memory(),
+        is_image=micro.is_image.pin_memory(),
+        supervised_positions=micro.supervised_positions.pin_memory(),
+        targets=micro.targets.pin_memory(),
+        segment_lengths=micro.segment_lengths,
+        pixels=micro.pixels.pin_memory(),
+        sample_ids=micro.sample_ids,
+        sources=micro.sources,
+    )
+
+
+def _init_worker(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)

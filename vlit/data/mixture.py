@@ -1,0 +1,100 @@
+"""Which record comes when: a pure function of (sizes, weights, seed, epoch).
+
+Ranks, workers and packing do not enter, so a run is resumed by one integer, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from vlit.data.shuffle import permutation, stream_key
+from vlit.errors import DataError
+
+_RECORD_BITS = 40
+
+
+class Sized(Protocol):
+    """What the order needs of a source."""
+
+    name: str
+    weight: float
+
+    def __len__(self) -> int: ...
+
+
+S = TypeVar("S", bound=Sized)
+
+
+class Mixture(Generic[S]):
+    """A shuffled, endless stream of records of several sources, cut into epochs.
+
+    An epoch holds every record of a source ``floor(weight)`` times, and ``weight - floor(weight)`` of its records once
+    more; that share moves through the source from epoch to epoch, so every record is seen equally often. All sources
+    are shuffled together.
+
+    Args:
+        sources: with ``name``, ``weight`` and ``len``; names must differ.
+        seed: the run's seed.
+    """
+
+    def __init__(self, sources: Sequence[S], seed: int) -> None:
+        if not sources:
+            raise DataError("the mixture has no source. List at least one under data:.")
+        names = [source.name for source in sources]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise DataError(f'two data sources are named "{doubled[0]}". Give one of them another name:.')
+        self.sources = list(sources)
+        self.seed = seed
+        self.counts = [max(1, round(source.weight * len(source))) for source in sources]
+        """Records of each source per epoch."""
+        self._epochs: dict[int, np.ndarray] = {}
+
+    @property
+    def records_per_epoch(self) -> int:
+        """Records of all sources in one epoch."""
+        return sum(self.counts)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """int64 [records_per_epoch]: the order of an epoch as ``source << 40 | record``. Keeps the last two."""
+        order = self._epochs.get(epoch)
+        if order is None:
+            parts = [self._chosen(number, epoch) | (number << _RECORD_BITS) for number in range(len(self.sources))]
+            entries = np.concatenate(parts)
+            order = entries[permutation(len(entries), stream_key(self.seed, "order", epoch))]
+            self._epochs = {held: self._epochs[held] for held in sorted(self._epochs)[-1:]}
+            self._epochs[epoch] = order
+        return order
+
+    def _chosen(self, number: int, epoch: int) -> np.ndarray:
+        source, count = self.sources[number], self.counts[number]
+        copies, extra = divmod(count, len(source))
+        whole = np.tile(np.arange(len(source), dtype=np.int64), copies)
+        if not extra:
+            return whole
+        order = permutation(len(source), stream_key(self.seed, "share", source.name))
+        window = (epoch * extra + np.arange(extra, dtype=np.int64)) % len(source)
+        return np.concatenate([whole, order[window]])
+
+    def record(self, position: int) -> tuple[int, int]:
+        """(source, record) at a position of the endless stream."""
+        epoch, offset = divmod(position, self.records_per_epoch)
+        entry = int(self.epoch(epoch)[offset])
+        return entry >> _RECORD_BITS, entry & ((1 << _RECORD_BITS) - 1)
+
+    def step_records(self, step: int, global_batch: int) -> list[tuple[int, int]]:
+        """The records of an optimizer step. The last step of an epoch is filled from the next epoch's order."""
+        return [self.record(step * global_batch + number) for number in range(global_batch)]
+
+    def total_steps(self, epochs: float, *, global_batch: int, max_steps: int | None = None) -> int:
+        """Steps of a run: ``max_steps`` if given, else as many as show every record of ``epochs`` epochs."""
+        if max_steps is not None:
+            return max_steps
+        return max(1, math.ceil(round(epochs * self.records_per_epoch, 6) / global_batch))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_epochs": {}}

@@ -1,0 +1,196 @@
+"""A dataset of a mixture, opened: index, image folder and the policy for its bad records."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlit.config.schema import DataConfig, DataSource
+from vlit.data.images import resolve_image
+from vlit.data.index import ArrowRows, build_or_open_index
+from vlit.data.shuffle import permutation, stream_key
+from vlit.errors import DataError
+from vlit.types import Sample, Turn
+
+NUM_PROBED = 16
+
+
+@dataclass(frozen=True)
+class QuarantineEntry:
+    """One line of ``quarantine.jsonl``."""
+
+    source: str
+    file: str
+    record: int
+    id: str | None
+    reason: str
+
+
+class RecordSource:
+    """Random access to the samples of one dataset; small, picklable, and without state per record.
+
+    ``weight`` and ``max_records`` are the mixture's. With ``max_records`` the drawn records come in file order.
+    """
+
+    def __init__(
+        self,
+        rows: ArrowRows,
+        *,
+        name: str,
+        path: Path,
+        image_root: Path,
+        num_records: int,
+        num_quarantined: int,
+        weight: float = 1.0,
+        chosen: np.ndarray | None = None,
+        content_hash: str = "",
+    ) -> None:
+        self.rows = rows
+        self.name = name
+        self.path = path
+        self.image_root = image_root
+        self.num_quarantined = num_quarantined
+        self.weight = weight
+        self.content_hash = content_hash
+        self._chosen = chosen  # int64 [len(self)] rows, ascending; None: all
+        self._len = num_records if chosen is None else len(chosen)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._len:
+            raise IndexError(f"{self.name} has {self._len} records, asked for {index}")
+        return self.rows[index if self._chosen is None else int(self._chosen[index])]
+
+    def sample(self, index: int) -> Sample:
+        """Sample ``index`` of ``len(self)``; its ``images`` are as written in the record (see ``image_path``)."""
+        row = self._row(index)
+        return Sample(
+            id=row["id"],
+            source=self.name,
+            turns=tuple(Turn(turn["role"], turn["text"]) for turn in row["turns"]),
+            images=tuple(row["images"]),
+            kind=row["kind"],
+        )
+
+    def place(self, index: int) -> str:
+        """How errors name the record: ``file#record (id "...")``."""
+        row = self._row(index)
+        return f'{self.path.name}#{row["record"]} (id "{row["id"]}")'
+
+    def quarantine_entry(self, index: int, reason: str) -> QuarantineEntry:
+        """The manifest line of a record that was found bad while loading."""
+        row = self._row(index)
+        return QuarantineEntry(self.name, str(self.path), row["record"], row["id"], reason)
+
+    def image_path(self, image: str) -> Path:
+        """The file of an image reference; DataError when it leaves the image folder."""
+        return resolve_image(image, self.image_root)
+
+
+def open_source(
+    source: DataSource, *, data: DataConfig, seed: int, quarantine_path: Path | None = None, progress: bool = True
+) -> RecordSource:
+    """Open one dataset, build its index if needed, apply the policy for bad records, and look at a few images.
+
+    Args:
+        seed: draws the records that ``source.max_records`` keeps.
+        quarantine_path: manifest of bad records; lines of this source are replaced, others kept.
+
+    Raises:
+        DataError: missing or unreadable file, bad record (policy ``error``), budget exceeded (``quarantine``), missing
+            image folder, or images missing among the few that are looked at.
+    """
+    path = Path(source.path).expanduser()
+    name = source.name or path.stem
+    info = build_or_open_index(
+        path,
+        format=source.format,
+        cache_dir=data.cache_dir,
+        stop_at_first_bad=data.on_bad_sample == "error",
+        progress=progress,
+    )
+    if info.num_bad:
+        entries = [QuarantineEntry(name, str(path), bad["record"], bad["id"], bad["reason"]) for bad in info.bad]
+        if quarantine_path is not None:
+            write_quarantine(quarantine_path, entries, replace_source=name)
+        check_budget(
+            name, info.num_bad, info.num_bad + info.num_records, data.quarantine_budget, quarantine_path, entries
+        )
+    chosen = None
+    if source.max_records is not None and source.max_records < info.num_records:
+        order = permutation(info.num_records, stream_key(seed, "max_records", name))
+        chosen = np.sort(order[: source.max_records])
+    opened = RecordSource(
+        ArrowRows(info.path),
+        name=name,
+        path=path,
+        image_root=Path(source.images).expanduser() if source.images else path.parent,
+        num_records=info.num_records,
+        num_quarantined=info.num_bad,
+        weight=source.weight,
+        content_hash=info.content_hash,
+        chosen=chosen,
+    )
+    if info.num_with_images:
+        _probe_images(opened, strict=data.on_bad_sample == "error")
+    return opened
+
+
+def _probe_images(source: RecordSource, *, strict: bool) -> None:
+    """Look for the images of a few records spread over the file, before any weight is loaded."""
+    root = source.image_root
+    if not root.is_dir():
+        raise DataError(
+            f"{source.path.name}: image folder {root} does not exist (working directory {Path.cwd()}). "
+            "Set images: of this data source to the folder that the records' image paths are relative to."
+        )
+    looked, missing = 0, []
+    for index in dict.fromkeys(np.linspace(0, len(source) - 1, num=4 * NUM_PROBED, dtype=np.int64).tolist()):
+        for image in source.sample(index).images[:1]:
+            looked += 1
+            path = source.image_path(image)
+            if not path.is_file():
+                missing.append(f"{source.place(index)}: {path}")
+        if looked >= NUM_PROBED:
+            break
+    if missing and (strict or len(missing) == looked):
+        raise DataError(
+            f"{len(missing)} of {looked} images looked for do not exist, for example {missing[0]}. Set images: of data "
+            f"source {source.name} (now {root}) to the right folder, or download the images."
+        )
+
+
+def check_budget(
+    name: str, num_bad: int, num_all: int, budget: float, manifest: Path | None, entries: list[QuarantineEntry]
+) -> None:
+    """DataError when more than the share ``budget`` of a dataset is quarantined; names the counts and two reasons."""
+    if num_bad <= budget * num_all:
+        return
+    reasons = "; ".join(f'record {e.record} (id "{e.id}"): {e.reason}' for e in entries[:2])
+    where = f" All are listed in {manifest}." if manifest else ""
+    raise DataError(
+        f"{name}: {num_bad} of {num_all} records are quarantined ({num_bad / num_all:.2%}), more than "
+        f"data.quarantine_budget {budget:.2%} allows. First: {reasons}.{where} Fix the dataset, or raise the budget."
+    )
+
+
+def write_quarantine(path: Path, entries: list[QuarantineEntry], *, replace_source: str | None = None) -> None:
+    """Add lines to the manifest; with ``replace_source`` its earlier lines go, so a restart does not double them."""
+    lines = [json.dumps(entry.__dict__, ensure_ascii=False) for entry in entries]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if replace_source is None:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+        return
+    kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in kept if json.loads(line)["source"] != replace_source]
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text("".join(line + "\n" for line in kept + lines), encoding="utf-8")
+    os.replace(aside, path)
