@@ -1,0 +1,1 @@
+"""Weights of other systems, read into our parts and written from them."""
