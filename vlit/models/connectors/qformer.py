@@ -1,6 +1,7 @@
 """``type: qformer``: a few learned queries read the vision tokens.
 
-BLIP-2, arXiv:2301.12597; MiniGPT-4, arXiv:2304.10592. The Q-Former is transformers' ``Blip2QFormerModel`` without its text half. ``from_blip2`` starts from published weights.
+BLIP-2, arXiv:2301.12597; MiniGPT-4, arXiv:2304.10592. The Q-Former is transformers' ``Blip2QFormerModel`` without its
+text half; ``from_blip2`` starts from published weights.
 """
 
 from __future__ import annotations

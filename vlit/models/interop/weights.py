@@ -19,7 +19,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 class WeightFiles:
     """Tensors of a file or of a model folder by name; nothing is held in memory but what ``get`` returns.
 
-    A folder is read by its index, else by its one weights file. Pickles are opened with ``weights_only``, memory-mapped.
+    A folder is read by its index, else by its one weights file. Pickles are memory-mapped ``weights_only``.
 
     Raises:
         ModelError: no weights there, an unreadable file, or an index that lists a missing shard.
