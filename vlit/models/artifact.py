@@ -198,5 +198,7 @@ def _load(module: nn.Module, path: Path, *, only_lora: bool = False) -> None:
     expected = {n for n in own if LORA_MARK in n} if only_lora else set(own)
     if set(tensors) != expected:
         extra, missing = sorted(set(tensors) - expected)[:3], sorted(expected - set(tensors))[:3]
-        raise CheckpointError(f"{path}: weights do not fit the model. Not in the model: {extra}; not in the file: {missing}.")
+        raise CheckpointError(
+            f"{path}: weights do not fit the model. Not in the model: {extra}; not in the file: {missing}."
+        )
     module.load_state_dict(tensors, strict=not only_lora)

@@ -98,7 +98,9 @@ def lora_targets(module: nn.Module, tuning: PartTuning, *, part: str, exclude: s
     unknown = set(tuning.targets) - {name.rpartition(".")[2] for name in linear}
     if unknown:
         known = sorted({name.rpartition(".")[2] for name in linear})
-        raise ModelError(f"tuning.{part}.targets: no linear layer is called {sorted(unknown)}. Known: {', '.join(known)}.")
+        raise ModelError(
+            f"tuning.{part}.targets: no linear layer is called {sorted(unknown)}. Known: {', '.join(known)}."
+        )
     return sorted(chosen)
 
 

@@ -15,7 +15,9 @@ from vlit.types import VisionTokens
 class PrefixFusion(nn.Module):
     """Has no weights. A fusion prepares the decoder's input and the keyword arguments its layers receive."""
 
-    def forward(self, text_TD: Tensor, vision: VisionTokens | None, is_image_T: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def forward(
+        self, text_TD: Tensor, vision: VisionTokens | None, is_image_T: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Text embeddings ``[T, D]`` and vision tokens ``[V, S, D]`` -> decoder input ``[T, D]`` and layer arguments."""
         if vision is None:
             return text_TD, {}
