@@ -1,0 +1,188 @@
+"""The chat template that a tokenizer brings along (Jinja), with exact spans.
+
+The Jinja program is run once for each sequence of roles, with markers in place of the texts; where the markers come out
+is where the texts go. So spans are known without searching for anybody's text, special tokens in user text cannot be
+mistaken for the template's own, and rendering a sample costs no Jinja at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlit.data.templates._base import PieceWriter, TemplateConfig, split_turns
+from vlit.data.text import traits_of
+from vlit.errors import ConfigError
+from vlit.registry import TEMPLATES
+from vlit.types import Piece, Role, Turn
+
+_MARK = "vlitmark{}x"
+_EDGE = "\u2003"  # a space no template writes itself: where it is gone, the template strips texts
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The place of one turn's text, and what the template writes before it."""
+
+    before: str
+    strip_left: bool
+    strip_right: bool
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A conversation of given roles: slots in order, what follows the last one, and whether the system text had to be
+    folded into the first question because the template takes no system turn.
+    """
+
+    slots: tuple[_Slot, ...]
+    after: str
+    folded: bool
+
+
+@TEMPLATES.register("tokenizer")
+class TokenizerTemplate(TemplateConfig):
+    """The tokenizer's own chat template. Supervised is an answer and what follows it up to and including the first
+    special token; a template that writes none gets the tokenizer's end token after the last answer.
+
+    Texts are stripped where the template strips them. A system text is put in front of the first question when the
+    template refuses system turns. ``<think>`` blocks that a template puts before the last answer are not supervised.
+    """
+
+    type: str = "tokenizer"
+    inline_bos = True
+
+    def render(self, turns: Sequence[Turn], *, tokenizer: Any, generation_prompt: bool = False) -> list[Piece]:
+        own, _ = split_turns(turns, generation_prompt=generation_prompt)
+        turns = list(turns)
+        system = self.system if own is None else own
+        if own is None and system:
+            turns.insert(0, Turn("system", system))
+        roles = [turn.role for turn in turns]
+        layout = _layout_of(tokenizer, (*roles, "assistant") if generation_prompt else tuple(roles))
+        if layout.folded:
+            system_turn, question, *rest = turns
+            turns = [Turn("user", f"{system_turn.text}\n\n{question.text}"), *rest]
+        writer = PieceWriter(tokenizer)
+        end = _end_of(tokenizer)
+        for number, slot in enumerate(layout.slots):
+            answered = number > 0 and turns[number - 1].role == "assistant"
+            before = _write_end(writer, slot.before, end) if answered else slot.before
+            if number == len(turns):  # the answer to be generated
+                _write_literal(writer, before.removesuffix(" "))
+                return writer.pieces
+            text = turns[number].text
+            text = text.lstrip() if slot.strip_left else text
+            text = text.rstrip() if slot.strip_right else text
+            if turns[number].role != "assistant":
+                _write_literal(writer, before)
+                writer.user(text)
+                continue
+            lead = " " if before.endswith(" ") else ""
+            _write_literal(writer, before.removesuffix(" "))
+            writer.text(f"{lead}{text}", supervised=True)
+        trailing = _write_end(writer, layout.after, end)
+        if not _has_special(writer, end):
+            self.write_end(writer)
+        _write_literal(writer, trailing)
+        return writer.pieces
+
+    def write_end(self, writer: PieceWriter) -> None:
+        end = _end_of(writer.tokenizer)
+        if _has_special(writer, end):
+            _write_literal(writer, end, supervised=True)
+        elif writer.traits.eos:
+            writer.special(writer.traits.eos, supervised=True)
+        else:
+            raise ConfigError(
+                f"data.template: the chat template of {writer.tokenizer.name_or_path} ends answers without a special "
+                "token and the tokenizer has no eos_token, so answers would never end. Choose another template."
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout_of(tokenizer: Any, roles: tuple[Role, ...]) -> _Layout:
+    from jinja2 import TemplateError
+
+    try:
+        return _render_marked(tokenizer, roles, folded=False)
+    except TemplateError:
+        if roles[0] != "system":
+            raise
+        return _render_marked(tokenizer, roles[1:], folded=True)
+
+
+def _render_marked(tokenizer: Any, roles: tuple[Role, ...], *, folded: bool) -> _Layout:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"data.template: tokenizer {tokenizer.name_or_path} brings no chat template. Choose one of the others, "
+            "for example chatml or v1."
+        )
+    marks = [_MARK.format(number) for number in range(len(roles))]
+    messages = [{"role": role, "content": f"{_EDGE}{mark}{_EDGE}"} for role, mark in zip(roles, marks, strict=True)]
+    rest = tokenizer.apply_chat_template(messages, tokenize=False)
+    slots = []
+    for number, mark in enumerate(marks):
+        if rest.count(mark) != 1:
+            raise ConfigError(
+                f"data.template: the chat template of {tokenizer.name_or_path} shows turn {number} of "
+                f"{'/'.join(roles)} {rest.count(mark)} times instead of once, so no exact mask exists. Choose another "
+                "template."
+            )
+        before, rest = rest.split(mark)
+        kept_left, kept_right = before.endswith(_EDGE), rest.startswith(_EDGE)
+        slots.append(_Slot(before.removesuffix(_EDGE), not kept_left, not kept_right))
+        rest = rest.removeprefix(_EDGE)
+    return _Layout(tuple(slots), rest, folded)
+
+
+@functools.lru_cache(maxsize=16)
+def _end_of(tokenizer: Any) -> str:
+    """What the template writes after a last answer, up to and including the first special token."""
+    after = _layout_of(tokenizer, ("user", "assistant")).after
+    found = _special_pattern(tokenizer).search(after)
+    return after[: found.end()] if found else after
+
+
+def _has_special(writer: PieceWriter, text: str) -> bool:
+    return _special_pattern(writer.tokenizer).search(text) is not None
+
+
+def _write_end(writer: PieceWriter, literal: str, end: str) -> str:
+    """Write the part of ``literal`` that ends an answer, supervised; returns what is left of it."""
+    if not end.strip() or not literal.startswith(end):
+        return literal
+    _write_literal(writer, end, supervised=True)
+    return literal[len(end) :]
+
+
+def _write_literal(writer: PieceWriter, literal: str, *, supervised: bool = False) -> None:
+    """Write the template's own text; here special tokens are special tokens. Those that swallow the white space beside
+    them (``lstrip``/``rstrip``, as Phi-3's do) swallow it here too.
+    """
+    flags = _strip_flags(writer.tokenizer)
+    done = 0
+    for found in _special_pattern(writer.tokenizer).finditer(literal):
+        text = literal[done : found.start()]
+        left, right = flags.get(found.group(), (False, False))
+        writer.text(text.rstrip() if left else text, supervised=supervised)
+        writer.special(found.group(), supervised=supervised)
+        done = found.end()
+        if right:
+            done += len(literal) - done - len(literal[done:].lstrip())
+    writer.text(literal[done:], supervised=supervised)
+
+
+@functools.lru_cache(maxsize=16)
+def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    names = sorted(traits_of(tokenizer).specials, key=len, reverse=True)
+    return re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
+
+
+@functools.lru_cache(maxsize=16)
+def _strip_flags(tokenizer: Any) -> dict[str, tuple[bool, bool]]:
+    tokens = tokenizer.added_tokens_decoder.values()
+    return {token.content: (token.lstrip, token.rstrip) for token in tokens if token.lstrip or token.rstrip}
