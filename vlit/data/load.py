@@ -106,6 +106,7 @@ class StepLoader:
             prefetch_factor=2 if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # the global one decides dropout, and a resumed run must find it untouched
         )
         for fetched in loader:
             yield self._checked(fetched)

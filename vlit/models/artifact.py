@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from vlit.config.schema import ModelConfig, PartTuning
 from vlit.errors import CheckpointError
 from vlit.models.assemble import VisionLanguageModel, build_model
+from vlit.models.hub import quiet_progress
 from vlit.models.tuning import LORA_MARK, add_lora, embedding_parameters, fingerprint, has_lora, part_of_parameters
 
 FORMAT = "vlit-model"
@@ -66,7 +67,8 @@ def save_model(
     _save(dict(model.connector.state_dict()), aside / "connector.safetensors")
     config = model.config.model_dump(mode="json")
     if changed & {"llm", "embeddings"}:
-        model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(model.llm.hf))  # type: ignore[operator]
+        with quiet_progress():
+            model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(model.llm.hf))  # type: ignore[operator]
         config["llm"] = {**config["llm"], "path": "llm"}
     if "vision" in changed:
         _save(_without_lora(model.encoder), aside / "vision.safetensors")

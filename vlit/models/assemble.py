@@ -22,6 +22,7 @@ from vlit.types import ModelSpec, PackedBatch, VisionTokens
 def model_spec(config: ModelConfig) -> ModelSpec:
     """What the data floor needs to know, from configurations alone; checks that the parts fit each other."""
     encoder = config.encoder.spec()  # type: ignore[attr-defined]
+    config.llm.width()  # type: ignore[attr-defined]  # a missing language model is an error now, not after the data is read
     return ModelSpec(
         tokenizer_path=config.llm.tokenizer_path(),  # type: ignore[attr-defined]
         image_size=encoder.image_size,
@@ -133,6 +134,8 @@ class VisionLanguageModel(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass, in the language model and in a trained encoder."""
+        if enabled == self._recompute:
+            return
         self._recompute = enabled
         self.llm.set_gradient_checkpointing(enabled)
         if any(p.requires_grad for p in self.encoder.parameters()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +33,26 @@ def read_config(path: str, *, key: str, revision: str | None = None, trust_remot
             f'{key} "{path}": not found as a local folder and not available from the Hugging Face hub ({reason}). '
             "Check the name, download it first, or point to a local folder."
         ) from error
+
+
+def set_recompute(hf: Any, enabled: bool) -> None:
+    """Recompute a transformers model's blocks in the backward pass (non-reentrant), under either of its two names."""
+    prefix = "activation" if hasattr(hf, "activation_checkpointing_enable") else "gradient"
+    if enabled:
+        getattr(hf, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(hf, f"{prefix}_checkpointing_disable")()
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """No progress bars of transformers inside (for small or frequent loads and saves)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -57,8 +57,8 @@ def part_of_parameters(model: VisionLanguageModel) -> dict[str, str]:
     return parts
 
 
-def apply_tuning(model: VisionLanguageModel, tuning: TuningConfig) -> None:
-    """Freeze, unfreeze and add adapters in place, as the stage asks.
+def apply_tuning(model: VisionLanguageModel, tuning: TuningConfig, *, seed: int = 0) -> None:
+    """Freeze, unfreeze and add adapters in place, as the stage asks. ``seed`` decides the adapters' initial weights.
 
     Raises:
         ModelError: a mode that would train nothing, or LoRA targets that do not exist in the part.
@@ -66,7 +66,9 @@ def apply_tuning(model: VisionLanguageModel, tuning: TuningConfig) -> None:
     modules = {"vision": model.encoder, "llm": model.llm.hf}
     for part, module in modules.items():
         if tuning.of(part).mode == "lora" and not has_lora(module):
-            add_lora(module, tuning.of(part), part=part, exclude=embedding_parameters(model))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                add_lora(module, tuning.of(part), part=part, exclude=embedding_parameters(model))
     parts = part_of_parameters(model)
     trained = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():

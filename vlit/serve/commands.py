@@ -18,6 +18,8 @@ from vlit.registry import BENCHMARKS, load_plugins
 def train(config_path: str, overrides: Sequence[str], *, stage: str | None = None) -> None:
     """Build the world if the configuration names one, train, write the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     run = load_config(config_path, overrides)
     from vlit.train.distributed import start_ranks
     from vlit.train.run import run_training
@@ -116,7 +118,7 @@ def evaluate_checkpoint(
         progress=advance,
     )
     bar.close()
-    Console(stderr=True).print(results_table(results))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 110).print(results_table(results))
     print(f"results  {out / 'results.json'}", file=sys.stderr)
     return results
 

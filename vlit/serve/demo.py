@@ -88,7 +88,12 @@ def run_demo(output_dir: Path, overrides: Sequence[str], *, short: bool = False)
     trained, aligned = output_dir / "evaluations" / "instruct-test", output_dir / "evaluations" / "align-test"
     run_command(
         evaluation_command(
-            output_dir / "instruct" / "model", trained, rows="image,blind,shuffled", split="test", world=world, extra=few
+            output_dir / "instruct" / "model",
+            trained,
+            rows="image,blind,shuffled",
+            split="test",
+            world=world,
+            extra=few,
         ),
         commands,
     )

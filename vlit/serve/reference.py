@@ -63,7 +63,9 @@ def reference_markdown() -> str:
     parts = [HEADER]
     for title, model in SECTIONS:
         parts.append(f"\n## {title}\n\n{_summary(model)}\n\n{_table(model)}")
-    parts.append("\n## Components\n\nWherever a key is a component, `type:` picks one of these; a bare name stands for its defaults.\n")
+    parts.append(
+        "\n## Components\n\nWherever a key is a component, `type:` picks one of these; a bare name stands for its defaults.\n"
+    )
     for kind, registry in ALL.items():
         for name in registry.names():
             model = registry.get(name)
@@ -144,7 +146,15 @@ def _default(field: Any) -> str:
 
 def _type_name(annotation: Any) -> str:
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
-    for noise in ("typing.", "pathlib.", "vlit.config.schema.", "vlit.config.component.", "<class '", "'>", "collections.abc."):
+    for noise in (
+        "typing.",
+        "pathlib.",
+        "vlit.config.schema.",
+        "vlit.config.component.",
+        "<class '",
+        "'>",
+        "collections.abc.",
+    ):
         text = text.replace(noise, "")
     if "ComponentConfig" in text:
         return "list of components" if text.startswith("list") else "component"

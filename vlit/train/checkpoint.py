@@ -106,7 +106,9 @@ def check_identity(held: dict[str, Any], wanted: dict[str, Any], *, where: Path,
         return
     shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
     if allow_drift:
-        print(f"warning: {where} was written under another configuration ({shown}); going on as asked.", file=sys.stderr)
+        print(
+            f"warning: {where} was written under another configuration ({shown}); going on as asked.", file=sys.stderr
+        )
         return
     raise CheckpointError(
         f"{where} was written under another configuration: {shown}. Use another output_dir, delete that folder, or set "

@@ -53,7 +53,9 @@ def start_ranks(runtime: RuntimeConfig) -> Ranks:
 
     cuda = torch.cuda.is_available()
     if runtime.device == "cuda" and not cuda:
-        raise ConfigError("runtime.device: cuda was asked for, but this machine has no usable CUDA GPU. Use auto or cpu.")
+        raise ConfigError(
+            "runtime.device: cuda was asked for, but this machine has no usable CUDA GPU. Use auto or cpu."
+        )
     on_cpu = runtime.device == "cpu" or not cuda
     state = PartialState(cpu=on_cpu)
     if on_cpu:

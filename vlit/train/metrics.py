@@ -88,12 +88,20 @@ class MetricsFile:
 class Progress:
     """A bar on a terminal, plain lines elsewhere; a log line every ``every_seconds``."""
 
-    def __init__(self, stage: str, *, done: int, total: int, stream: TextIO | None = None, every_seconds: float = 10.0) -> None:
+    def __init__(
+        self, stage: str, *, done: int, total: int, stream: TextIO | None = None, every_seconds: float = 10.0
+    ) -> None:
         from tqdm import tqdm
 
         self.stream = stream or sys.stderr
         self.bar = tqdm(
-            total=total, initial=done, desc=stage, unit="step", file=self.stream, disable=not self.stream.isatty(), leave=False
+            total=total,
+            initial=done,
+            desc=stage,
+            unit="step",
+            file=self.stream,
+            disable=not self.stream.isatty(),
+            leave=False,
         )
         self.every_seconds = every_seconds
         self._last = 0.0

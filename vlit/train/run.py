@@ -51,7 +51,7 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
     dtype = compute_dtype(run.runtime, ranks.device)
     stages = list(run.stages)
     if only is not None and only not in stages:
-        raise TrainingError(f'--stage {only}: this configuration has no such stage. Known: {", ".join(stages)}.')
+        raise TrainingError(f"--stage {only}: this configuration has no such stage. Known: {', '.join(stages)}.")
     spec = model_spec(run.model)  # a missing or misfit part ends the run here, before data is read
     peak, trackers = 0.0, _start_trackers(run, out, ranks)
     identity: Any = None
@@ -64,7 +64,9 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
         if done.is_file():
             held = json.loads(done.read_text(encoding="utf-8"))
             check_identity(held["identity"], identity, where=done, allow_drift=run.allow_config_drift)
-            _say(ranks, f"{name}: already finished ({held['steps']} steps, {format_seconds(held['seconds'])}); skipping")
+            _say(
+                ranks, f"{name}: already finished ({held['steps']} steps, {format_seconds(held['seconds'])}); skipping"
+            )
             continue
         if only is not None and name != only:
             raise TrainingError(
@@ -133,7 +135,7 @@ def _prepare_parts(tuned: Tuned, name: str, run: RunConfig) -> None:
             tuned.changed |= set(tuned.lora)
             tuned.lora = {}
             break
-    apply_tuning(tuned.model, tuning)
+    apply_tuning(tuned.model, tuning, seed=run.seed)
     for part in ("vision", "connector", "fusion", "llm", "embeddings"):
         mode = tuning.of(part).mode
         if mode == "full":
@@ -214,7 +216,7 @@ def _print_parts(tuned: Tuned, name: str, run: RunConfig, out: Path, ranks: Rank
     for row in rows:
         lr = f"{row.lr:.1e}" if row.lr else "-"
         table.add_row(row.part, row.module, row.mode, f"{row.parameters:,}", f"{row.trainable:,}", lr, row.dtype)
-    Console(stderr=True).print(table)
+    Console(stderr=True, width=None if sys.stderr.isatty() else 110).print(table)
 
 
 def _merge_json(path: Path, key: str, value: Any) -> None:

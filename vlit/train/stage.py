@@ -31,6 +31,7 @@ from vlit.train.step import StepResult, train_step
 from vlit.train.validate import Validator
 from vlit.types import StepBatch
 
+
 class Interrupted(Exception):
     """A signal asked the run to stop; its state is saved. ``exit_code`` follows the shell's convention (128 + signal)."""
 
@@ -56,15 +57,15 @@ def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture[Recor
     """The stage's datasets, opened, validated and mixed."""
     data, folder = run.data_for(stage), Path(run.output_dir) / stage
     sources = [
-        open_source(
-            source, data=data, seed=run.seed, quarantine_path=folder / "quarantine.jsonl", progress=progress
-        )
+        open_source(source, data=data, seed=run.seed, quarantine_path=folder / "quarantine.jsonl", progress=progress)
         for source in run.stages[stage].data
     ]
     return Mixture(sources, seed=run.seed)
 
 
-def stage_identity(run: RunConfig, stage: str, mixture: Mixture[RecordSource], dtype: torch.dtype, previous: Any) -> dict[str, Any]:
+def stage_identity(
+    run: RunConfig, stage: str, mixture: Mixture[RecordSource], dtype: torch.dtype, previous: Any
+) -> dict[str, Any]:
     """All that decides what the stage's result is: a checkpoint or finished stage of another identity is refused."""
     config = run.stages[stage].model_dump(mode="json")
     for free in ("validation", "checkpoint", "max_non_finite_steps"):
@@ -165,7 +166,9 @@ def train_stage(
             if validator and (last or position.step % config.validation.every_steps == 0):
                 held = validator.run(model)
                 validations.append({"stage": stage.name, "step": position.step, **held})
-                progress.write(f"{stage.name:<9} {position.step:>5}/{stage.total_steps}  validation loss {held['loss']:.3f}")
+                progress.write(
+                    f"{stage.name:<9} {position.step:>5}/{stage.total_steps}  validation loss {held['loss']:.3f}"
+                )
                 for tracker in trackers:
                     tracker.log({"stage": stage.name, "step": position.step, "validation_loss": held["loss"]})
             stop_now = _agreed(stop, ranks)
