@@ -114,7 +114,7 @@ class HfEncoderConfig(EncoderConfig):
 
     def build(self, *, dtype: torch.dtype) -> HfVisionEncoder:  # type: ignore[override]
         cls, config, structure = self._structure()
-        model, missing = self._load(cls, config, structure, dtype)
+        model, missing = self._load(cls, config, structure.kept_layers, dtype)
         norm = None
         for name in structure.after_blocks:
             if name == structure.final_norm and self.final_norm:
@@ -145,6 +145,15 @@ class HfEncoderConfig(EncoderConfig):
             patch_size=patch_side(config),
             spec=self._spec(structure),
         )
+
+    def load_whole(self, *, dtype: torch.dtype) -> nn.Module:
+        """The transformers vision model with all its blocks, norms and heads, at ``image_size`` (for export)."""
+        cls, config, structure = self._structure()
+        model, _ = self._load(cls, config, structure.num_layers, dtype)
+        size = self.image_size or own_image_size(config, path=self.path)
+        if size != own_image_size(config, path=self.path):
+            resize_positions(model, config, image_size=size)
+        return model
 
     def _structure(self) -> tuple[Any, Any, VisionStructure]:
         whole = self._config()
@@ -192,12 +201,10 @@ class HfEncoderConfig(EncoderConfig):
             resample="bilinear" if bilinear else "bicubic",
         )
 
-    def _load(
-        self, cls: Any, config: Any, structure: VisionStructure, dtype: torch.dtype
-    ) -> tuple[nn.Module, set[str]]:
-        """The vision model with only the blocks that are needed, and the names of tensors the checkpoint lacks."""
+    def _load(self, cls: Any, config: Any, num_layers: int, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
+        """The vision model with its first ``num_layers`` blocks, and the names of tensors the checkpoint lacks."""
         config = copy.deepcopy(config)
-        config.num_hidden_layers = max(structure.kept_layers, 1)
+        config.num_hidden_layers = max(num_layers, 1)
         options = {"config": config, "dtype": dtype, "revision": self.revision, "output_loading_info": True}
         try:
             with quiet_transformers():

@@ -1,0 +1,93 @@
+"""Our chat templates as Jinja, so that an exported model is prompted by others as it was trained.
+
+A message's content is a string, which is taken as it is (``<image>`` marks an image), or a list of parts, where every
+image is followed by a line break as in LLaVA's data. The begin token is left to the tokenizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_CONTENT = (
+    "{% macro content(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
+)
+_SYSTEM = (
+    "{% set own = messages[0]['role'] == 'system' %}{% set system = content(messages[0]) if own else SYSTEM %}"
+    "{% set turns = messages[1:] if own else messages %}"
+)
+
+
+def _literal(text: str) -> str:
+    """``text`` as a Jinja string literal."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def _turns(user: str, assistant: str) -> str:
+    """A loop over the turns; ``user`` and ``assistant`` are Jinja expressions of ``c``, the turn's content."""
+    return (
+        "{% for m in turns %}{% set c = content(m) %}{% if m['role'] == 'user' %}{{ "
+        + user
+        + " }}{% else %}{{ "
+        + assistant
+        + " }}{% endif %}{% endfor %}"
+    )
+
+
+def jinja_template(template: Any, tokenizer: Any) -> str | None:
+    """Jinja text of one of our templates for ``tokenizer``; None for a template that has no fixed text of its own.
+
+    Args:
+        template: a template's configuration: its registered ``type``, ``system`` and ``default_system``.
+    """
+    system = template.system if template.system is not None else getattr(template, "default_system", "")
+    known = set(tokenizer.get_added_vocab())
+    end = "</s>" if "</s>" in known or not tokenizer.eos_token else tokenizer.eos_token
+    adds_bos = bool(tokenizer.bos_token) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    body = _body(template.type, _literal(end), _literal(tokenizer.bos_token if adds_bos else ""), known, tokenizer)
+    if body is None:
+        return None
+    return _CONTENT + _SYSTEM.replace("SYSTEM", _literal(system)) + body
+
+
+def _body(kind: str, end: str, bos: str, known: set[str], tokenizer: Any) -> str | None:
+    if kind == "v1":
+        return "{% if system %}{{ system + ' ' }}{% endif %}" + _turns(
+            "'USER: ' + c + ' ASSISTANT:'", f"' ' + c + {end}"
+        )
+    if kind == "v0":
+        return "{% if system %}{{ system + '\\n\\n' }}{% endif %}###" + _turns(
+            "' Human: ' + c + '\\n### Assistant:'", "' ' + c + '\\n###'"
+        )
+    if kind == "plain":
+        return _turns("'<image>' * (c.split('<image>') | length - 1)", "c + '\\n'")
+    if kind == "chatml":
+        return (
+            "{% if system %}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}{% endif %}"
+            + _turns("'<|im_start|>user\\n' + c + '<|im_end|>\\n'", "'<|im_start|>assistant\\n' + c + '<|im_end|>\\n'")
+            + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        )
+    if kind == "llama3":
+        header = "'<|start_header_id|>{}<|end_header_id|>\\n\\n'"
+        return (
+            "{% if system %}{{ " + header.format("system") + " + system + '<|eot_id|>' }}{% endif %}"
+            + _turns(
+                header.format("user") + " + c + '<|eot_id|>'", header.format("assistant") + " + c + '<|eot_id|>'"
+            )
+            + "{% if add_generation_prompt %}{{ " + header.format("assistant") + " }}{% endif %}"
+        )  # fmt: skip
+    if kind == "llama2":
+        wrapped = "('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system and loop.first else '')"
+        return _turns(
+            f"('' if loop.first else {bos}) + '[INST] ' + {wrapped} + c + ' [/INST]'", f"' ' + c + ' ' + {end}"
+        )
+    if kind == "mistral":
+        as_token = {"[INST]", "[/INST]"} <= known
+        backend = tokenizer.backend_tokenizer
+        sentencepiece = "▁" in f"{backend.normalizer} {backend.pre_tokenizer}"
+        lead = "' '" if not as_token or sentencepiece else "''"
+        tail = "''" if as_token else "' '"
+        wrapped = "(system + '\\n\\n' if system and loop.first else '')"
+        return _turns(f"'[INST]' + {lead} + {wrapped} + c + {tail} + '[/INST]'", f"{lead} + c + {end}")
+    return None

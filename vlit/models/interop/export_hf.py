@@ -1,0 +1,230 @@
+"""A trained model as ``LlavaForConditionalGeneration``: what transformers, vLLM, SGLang and others load.
+
+The exported folder has the layout of the published llava-hf checkpoints: the *whole* vision tower, blocks past the
+feature layer included (from the encoder's own checkpoint), with ``vision_feature_layer`` counted from the end. A
+shorter tower with ``vision_feature_layer: -1`` would give the same features in transformers, but readers that
+hard-code -2 would not notice.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlit.errors import ExportError
+from vlit.models.connectors.mlp import MLPConnector
+from vlit.models.encoders._hf_model import patch_side, quiet_transformers
+from vlit.models.encoders.hf import HfVisionEncoder
+from vlit.models.fusion.prefix import PrefixFusion
+from vlit.models.interop.chat_template import jinja_template
+
+if TYPE_CHECKING:
+    from vlit.models.assemble import VisionLanguageModel
+
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu"}
+_ROWS = 64
+"""Vocabularies that grow are padded to a multiple of this, as the published conversions are (32,000 -> 32,064)."""
+
+
+def export_hf(model: VisionLanguageModel, out: Path, *, template: Any = None, image_policy: str = "pad") -> None:
+    """Write ``model`` and its processor to the new folder ``out``.
+
+    Args:
+        model: without adapters (merge them first).
+        template: chat template configuration of the run; written as Jinja when it is one of ours.
+        image_policy: ``pad``, ``crop`` or ``squash``; decides the image processor.
+
+    Raises:
+        ExportError: a part cannot be expressed there; the message names it and why. Or ``out`` is not empty.
+    """
+    from transformers import AutoTokenizer
+
+    out = Path(out)
+    if reasons := why_not(model):
+        raise ExportError("not expressible as LlavaForConditionalGeneration: " + " ".join(reasons))
+    if out.exists() and any(out.iterdir()):
+        raise ExportError(f"{out}: not empty. Give a new folder.")
+    tokenizer = AutoTokenizer.from_pretrained(model.spec.tokenizer_path, trust_remote_code=model.spec.trust_remote_code)
+    chat = jinja_template(template, tokenizer) if template is not None else None
+    rows = _add_tokens(tokenizer, held=model.llm.head.weight.shape[0])
+    tower = _whole_tower(model)
+    llava = _assemble(model, tower, tokenizer, rows)
+    _set_generation(llava, tokenizer, template)
+    processor = _processor(model, llava.config, tokenizer, chat, image_policy)
+    aside = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with quiet_transformers():
+        llava.save_pretrained(aside)
+        processor.save_pretrained(aside)
+    if out.exists():
+        out.rmdir()
+    aside.rename(out)
+
+
+def why_not(model: VisionLanguageModel) -> list[str]:
+    """One sentence for each part that LlavaForConditionalGeneration has no place for; empty = expressible."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    reasons: list[str] = []
+    encoder, connector, llm = model.encoder, model.connector, model.llm
+    if not isinstance(encoder, HfVisionEncoder):
+        reasons.append(f"encoder: type {model.config.encoder.type} is not a transformers vision model.")
+    else:
+        config: Any = encoder.hf.config
+        if type(config) not in MODEL_MAPPING:
+            reasons.append(f"encoder: transformers' AutoModel cannot build a {type(config).__name__} by itself.")
+        elif "num_patches" in vars(config):
+            reasons.append(f"encoder: {type(config).__name__} reads flattened patches (NaFlex), LLaVA gives pixels.")
+        if encoder.norm is not None:
+            reasons.append("encoder: final_norm is true, LLaVA takes hidden states without it.")
+        if encoder.num_prefix > 1:
+            reasons.append(f"encoder: {encoder.num_prefix} prefix tokens are dropped, LLaVA can drop only the first.")
+    if not isinstance(connector, MLPConnector):
+        reasons.append(f"connector: type {model.config.connector.type}; LLaVA's is always two linear layers.")
+    elif len(connector.layers) != 3:
+        reasons.append(f"connector: depth {(len(connector.layers) + 1) // 2}; LLaVA's is always two linear layers.")
+    if not isinstance(model.fusion, PrefixFusion):
+        reasons.append(f"fusion: type {model.config.fusion.type}; LLaVA splices tokens into the text.")
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        reasons.append("adapters: merge them first (vlit.models.tuning.merge_lora).")
+    if type(llm.hf.config) not in MODEL_MAPPING:
+        reasons.append(f"llm: transformers' AutoModel does not know {type(llm.hf.config).__name__}.")
+    if llm.head.bias is not None:
+        reasons.append("llm: its output layer has a bias, LLaVA's has none.")
+    if llm.softcap is not None or llm.logit_scale != 1.0:
+        reasons.append("llm: it scales or caps its logits, LLaVA's output layer does not.")
+    return reasons
+
+
+def _add_tokens(tokenizer: Any, *, held: int) -> int:
+    """Give ``tokenizer`` an image token and, when it has none, a pad token; returns the rows the embeddings need."""
+    from transformers import AddedToken
+
+    tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    needed = max(int(i) for i in (*tokenizer.added_tokens_decoder, len(tokenizer) - 1)) + 1
+    return held if needed <= held else -(-needed // _ROWS) * _ROWS
+
+
+def _whole_tower(model: VisionLanguageModel) -> nn.Module:
+    """The encoder's checkpoint with all blocks, at the model's image size, holding the encoder's present weights."""
+    encoder: Any = model.encoder
+    tower: nn.Module = model.config.encoder.load_whole(dtype=next(encoder.parameters()).dtype)
+    _, unexpected = tower.load_state_dict(encoder.hf.state_dict(), strict=False)
+    if unexpected:
+        raise ExportError(f"encoder: its own checkpoint's tower has no place for {unexpected[0]}.")
+    return tower
+
+
+def _assemble(model: VisionLanguageModel, tower: nn.Module, tokenizer: Any, rows: int) -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    connector: Any = model.connector
+    own: Any = model.llm.hf.config
+    text = type(own).from_dict(own.to_dict())
+    text.vocab_size, text.use_cache = rows, True
+    encoder: Any = model.encoder
+    blocks = len(encoder.hf.get_submodule(encoder.blocks_name))
+    vision: Any = copy.deepcopy(tower.config)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=model.spec.tokens_per_view,
+        projector_hidden_act=_ACTIVATIONS[model.config.connector.activation],
+        vision_feature_layer=blocks - vision.num_hidden_layers - 1,
+        vision_feature_select_strategy="default" if encoder.num_prefix == 1 else "full",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    config.update(
+        {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
+    )
+    with torch.device("meta"), quiet_transformers():
+        llava = LlavaForConditionalGeneration(config)
+    hf: Any = model.llm.hf
+    embeddings = hf.get_input_embeddings().weight
+    state: dict[str, Tensor] = {f"model.vision_tower.{n}": t for n, t in tower.state_dict().items()}
+    for name in ("weight", "bias"):
+        for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
+            state[f"model.multi_modal_projector.{theirs}.{name}"] = connector.state_dict()[f"layers.{ours}.{name}"]
+    for name, tensor in model.llm.trunk.state_dict().items():
+        grown = tensor if tensor.data_ptr() != embeddings.data_ptr() else _grow(tensor, rows)
+        state[f"model.language_model.{name}"] = grown
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = _grow(model.llm.head.weight.detach(), rows)
+    missing, unexpected = llava.load_state_dict(state, strict=False, assign=True)
+    llava.tie_weights()
+    left = [n for n in missing if n in dict(llava.named_parameters()) and llava.get_parameter(n).is_meta]
+    if left or unexpected:
+        raise ExportError(
+            f"llm: {type(model.llm.hf).__name__} names its weights otherwise inside LLaVA: missing {left[:2]}, "
+            f"left over {unexpected[:2]}."
+        )
+    llava.config.dtype = next(model.llm.parameters()).dtype
+    return llava
+
+
+def _grow(weight: Tensor, rows: int) -> Tensor:
+    """``weight [R, D]`` with rows appended up to ``rows``, each the mean of the others.
+
+    The mean is the least conspicuous row: as an output it never wins, as an input it is never read (image features
+    replace the image token's row, padding is masked).
+    """
+    extra = rows - weight.shape[0]
+    if extra <= 0:
+        return weight
+    mean = weight.detach().float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight.detach(), mean.expand(extra, -1)])
+
+
+def _set_generation(llava: Any, tokenizer: Any, template: Any) -> None:
+    """Greedy decoding that ends where the template ends an answer."""
+    from transformers import GenerationConfig
+
+    ends = [tokenizer.eos_token_id]
+    for token in getattr(template, "specials", ()):
+        if token in ("<|im_end|>", "<|eot_id|>") and token in tokenizer.get_added_vocab():
+            ends.insert(0, tokenizer.convert_tokens_to_ids(token))
+    ends = list(dict.fromkeys(i for i in ends if i is not None))
+    llava.generation_config = GenerationConfig(
+        eos_token_id=ends or None, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def _processor(model: VisionLanguageModel, config: Any, tokenizer: Any, chat: str | None, image_policy: str) -> Any:
+    from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaProcessor
+
+    spec = model.spec
+    square = {"height": spec.image_size, "width": spec.image_size}
+    common: dict[str, Any] = {
+        "image_mean": list(spec.image_mean),
+        "image_std": list(spec.image_std),
+        "resample": 2 if spec.resample == "bilinear" else 3,
+        "crop_size": square,
+    }
+    if image_policy == "pad":
+        images: Any = LlavaImageProcessor(do_pad=True, size=square, do_center_crop=False, **common)
+    elif image_policy == "crop":
+        images = CLIPImageProcessor(size={"shortest_edge": spec.image_size}, do_center_crop=True, **common)
+    else:
+        images = CLIPImageProcessor(size=square, do_center_crop=False, **common)
+    patch = patch_side(config.vision_config)
+    patches = (spec.image_size // patch) ** 2
+    dropped = config.vision_feature_select_strategy == "default"
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=spec.tokens_per_view + dropped - patches,
+        chat_template=chat or getattr(tokenizer, "chat_template", None),
+        image_token=IMAGE_TOKEN,
+    )
