@@ -50,6 +50,15 @@ def write_dataset(folder: Path, *, records: int = 24) -> Path:
     return path
 
 
+def write_captions(folder: Path) -> Path:
+    """One question and one answer a record, on the pictures of :func:`write_dataset` (stage 1's kind of data)."""
+    rows = json.loads(write_dataset(folder).read_text(encoding="utf-8"))
+    captions = [row | {"conversations": row["conversations"][:2]} for row in rows if isinstance(row.get("image"), str)]
+    path = folder / "captions.json"
+    path.write_text(json.dumps(captions), encoding="utf-8")
+    return path
+
+
 def tiny_run(tiny_dir: Path, output: Path, *overrides: str, llm: str = "llama", encoder: str = "clip") -> RunConfig:
     """Two stages of six steps: alignment of an MLP, then connector and language model."""
     data = write_dataset(tiny_dir / "dataset")
