@@ -102,7 +102,7 @@ def line_chart(
 ) -> Markup:
     """A figure with one or more lines over a common x axis. Empty series are left out; without any, an empty text.
 
-    A narrow chart (under 700) has neither legend nor labels at the ends of its lines. ``show`` formats values,
+    A narrow chart (under 700) has no labels at the ends of its lines. ``show`` formats values,
     ``ticks`` the axis; ``may_log`` allows a logarithmic axis where the values span more than :data:`LOG_FROM_RATIO`.
     """
     series = [Series(s.name, [p for p in s.points if math.isfinite(p[1])], s.colour, s.style) for s in series]
@@ -142,9 +142,8 @@ def line_chart(
     picture = tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=f"{title}. {words}")
     scale = (", logarithmic" if wide else ", log") if log_y else ""
     caption = tag("figcaption", title, tag("span", f" {subtitle}{scale}", cls="soft") if subtitle or scale else None)
-    return tag(
-        "figure", caption, _legend(series) if wide else None, tag("div", picture, cls="scroll wide" if wide else None)
-    )
+    key = _line_legend(series) if wide or sum(s.style != "raw" for s in series) > 1 else None
+    return tag("figure", caption, key, tag("div", picture, cls="scroll wide" if wide else None))
 
 
 def _y_range(series: Sequence[Series], *, may_log: bool) -> tuple[float, float, bool]:
@@ -203,7 +202,7 @@ def _end_labels(
     ]
 
 
-def _legend(series: Sequence[Series]) -> Markup | None:
+def _line_legend(series: Sequence[Series]) -> Markup | None:
     if len(series) < 2:
         return None
     entries = []
@@ -212,6 +211,15 @@ def _legend(series: Sequence[Series]) -> Markup | None:
         dot = tag("circle", cx=11, cy=6, r=4, cls=f"dot f{s.colour}") if s.style == "dots" else None
         entries.append(tag("span", tag("svg", line, dot, viewBox="0 0 22 12", aria_hidden="true"), s.name))
     return tag("div", *entries, cls="legend")
+
+
+def legend(entries: Sequence[tuple[str, str]]) -> Markup:
+    """Coloured boxes with their meanings: (style classes, text)."""
+    boxes = [
+        tag("span", tag("svg", tag("rect", x=4, y=0, width=14, height=12, rx=2, cls=cls), viewBox="0 0 22 12"), text)
+        for cls, text in entries
+    ]
+    return tag("div", *boxes, cls="legend")
 
 
 def accuracy_chart(bars: Sequence[AccuracyBar]) -> Markup:
@@ -236,10 +244,10 @@ def accuracy_chart(bars: Sequence[AccuracyBar]) -> Markup:
         marks.append(("another scene's picture", _diamond(11, 6)))
     if any(bar.chance is not None for bar in bars):
         marks.append(("chance", tag("line", x1=11, x2=11, y1=0, y2=12, cls="chance")))
-    legend = [tag("span", tag("svg", m, viewBox="0 0 22 12", aria_hidden="true"), name) for name, m in marks]
+    key = [tag("span", tag("svg", m, viewBox="0 0 22 12", aria_hidden="true"), name) for name, m in marks]
     words = ", ".join(f"{bar.name} {percent(bar.accuracy)}" for bar in bars)
     picture = tag("svg", *parts, viewBox=f"0 0 {width} {height}", role="img", aria_label=f"Accuracy by kind: {words}")
-    return tag("figure", tag("div", *legend, cls="legend"), tag("div", picture, cls="scroll wide"))
+    return tag("figure", tag("div", *key, cls="legend"), tag("div", picture, cls="scroll wide"))
 
 
 def _accuracy_row(bar: AccuracyBar, x_of: Callable[[float], float], *, y: float, text_x: float, left: float) -> Markup:

@@ -51,8 +51,15 @@ def _stage_curves(run: RunFolder, stage: str) -> Markup:
 
 
 def _rate_chart(rows: list[Row]) -> Markup:
+    """Learning rate; parts that share a curve share a line."""
     per_part = nested_curves([row for row in rows if isinstance(row.get("lr"), dict)], "lr")
-    lines = [Series(name, points, colour) for colour, (name, points) in enumerate(list(per_part.items())[:6], start=1)]
+    curves: dict[tuple[Point, ...], list[str]] = {}
+    for part, points in per_part.items():
+        curves.setdefault(tuple(points), []).append(part)
+    lines = [
+        Series(", ".join(parts), points, colour)
+        for colour, (points, parts) in zip((2, 1, 3, 4, 5, 6), curves.items(), strict=False)
+    ]
     if not lines:
         lines = [Series("learning rate", curve(rows, "lr"), 2)]
     return line_chart("Learning rate", lines, width=SMALL, height=SMALL_HEIGHT, show=number)
@@ -94,6 +101,10 @@ def _stage_facts(rows: list[Row], held_out: Sequence[Point]) -> Markup:
         facts.append(("Pictures", short(totals["images"])))
     if totals["seconds"]:
         facts.append(("Time", duration(totals["seconds"])))
+    for key, name in (("fill", "Fill of packed rows"), ("data_wait_share", "Waiting for data")):
+        shares = [row[key] for row in rows if is_number(row.get(key))]
+        if shares:
+            facts.append((name, percent(statistics.fmean(shares))))
     if speeds:
         facts.append(("Speed", f"{short(statistics.median(speeds))} tokens/s"))
     return _facts(facts)
@@ -176,6 +187,10 @@ def _stage_parts(stage: str, rows: list[Row]) -> Markup:
 
 FACT_NAMES = {
     "records_per_epoch": "Records per epoch",
+    "global_batch": "Records per step",
+    "samples": "Samples looked at",
+    "unsupervised": "of them without a supervised token",
+    "images_mean": "Pictures per record",
     "steps": "Steps",
     "tokens_mean": "Tokens per record, mean",
     "tokens_p50": "median",
@@ -204,7 +219,7 @@ def _stage_data(stage: str, plan: Row) -> Markup:
                 number(source.get("records", 0)),
                 number(source.get("weight", 1.0)),
                 tag("span", bar, f" {percent(share)}"),
-                number(source.get("images", 0)),
+                number(source.get("images", "–")),
                 tag(
                     "span", number(source.get("quarantined", 0)), cls="badge bad" if source.get("quarantined") else None
                 ),
