@@ -157,14 +157,18 @@ def find_structure(
     pixels = torch.empty(1, getattr(config, "num_channels", 3), image_size, image_size, device="meta")
     stack = model.get_submodule(blocks)
     assert isinstance(stack, nn.ModuleList)
-    del stack[max(kept, 1) :]
-    after, norm = _called_after(model, stack[-1], pixels, patch_side(config))
+    del stack[1:]  # blocks are equal: one shows what all do
+    after, norm = _called_after(model, stack[0], pixels, patch_side(config))
     for name in after:
         model.set_submodule(name, PassThrough())
     del stack[kept:]
     hidden = run_model(model, pixels, patch_side(config))
     hidden.sum().backward()
-    unused = tuple(name for name, p in model.named_parameters() if p.grad is None)
+    first = f"{blocks}.0."
+    unused: list[str] = []
+    for name in [name for name, p in model.named_parameters() if p.grad is None]:
+        inside = name.startswith(first)
+        unused += [f"{blocks}.{i}.{name.removeprefix(first)}" for i in range(kept)] if inside else [name]
     num_patches = (image_size // patch_side(config)) ** 2
     if hidden.ndim != 3 or hidden.shape[1] < num_patches:
         raise ModelError(
@@ -177,7 +181,7 @@ def find_structure(
         kept_layers=kept,
         after_blocks=after,
         final_norm=norm,
-        unused_parameters=unused,
+        unused_parameters=tuple(unused),
         num_tokens=hidden.shape[1],
         num_prefix=hidden.shape[1] - num_patches,
         width=hidden.shape[2],
