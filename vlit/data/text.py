@@ -30,6 +30,7 @@ class TokenizerTraits:
     bos: str | None  # the begin token, when the tokenizer puts it in front of a text by itself
     eos: str | None
     sentencepiece: bool  # spaces are written as "▁"
+    line_breaks: bool  # "\n" gives a token (vocabularies of whole words drop white space)
 
 
 @functools.lru_cache(maxsize=16)
@@ -52,7 +53,13 @@ def traits_of(tokenizer: Any) -> TokenizerTraits:
     bos = tokenizer.bos_token if tokenizer.bos_token and first == [tokenizer.bos_token_id] else None
     backend = tokenizer.backend_tokenizer
     marks_spaces = "▁" in f"{backend.normalizer} {backend.pre_tokenizer}"
-    return TokenizerTraits(specials=specials, bos=bos, eos=tokenizer.eos_token, sentencepiece=marks_spaces)
+    return TokenizerTraits(
+        specials=specials,
+        bos=bos,
+        eos=tokenizer.eos_token,
+        sentencepiece=marks_spaces,
+        line_breaks=bool(tokenizer("\n", add_special_tokens=False)["input_ids"]),
+    )
 
 
 class TextEncoder:
@@ -126,13 +133,13 @@ class TextEncoder:
         return result
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def encoder_of(tokenizer: Any) -> TextEncoder:
     """The (cached) encoder of a tokenizer."""
     return TextEncoder(tokenizer)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def tokenizer_for(path: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder or hub name. Asks the network only when the local cache does not hold it.
 

@@ -130,7 +130,7 @@ class SampleTokenizer:
         stops = [[token_id] for token_id in specials[:1]]
         if not specials:
             text = "".join(piece.text for piece in end)
-            stops = [self.encoder.encode(text, "text")] if text else []
+            stops = [ids] if (ids := self.encoder.encode(text, "text")) else []
         eos = self.tokenizer.eos_token_id
         if eos is not None and [eos] not in stops:
             stops.append([int(eos)])

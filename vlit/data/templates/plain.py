@@ -11,7 +11,8 @@ from vlit.types import IMAGE_PLACEHOLDER
 @TEMPLATES.register("plain")
 class PlainTemplate(TemplateConfig):
     """``<image>caption\\n``: the human's text is discarded, caption and line break are supervised, there is no end
-    token (LLaVA's rule for stage 1). Records have one question and one answer; system texts are ignored.
+    token (LLaVA's rule for stage 1); only a tokenizer that knows no line break uses its end token. Records have one
+    question and one answer; system texts are ignored.
     """
 
     type: str = "plain"
@@ -30,4 +31,7 @@ class PlainTemplate(TemplateConfig):
             self.write_end(writer)
 
     def write_end(self, writer: PieceWriter) -> None:
-        writer.text("\n", supervised=True)
+        if writer.traits.line_breaks:
+            writer.text("\n", supervised=True)
+        else:
+            writer.eos("</s>")

@@ -46,7 +46,8 @@ class _Layout:
 @TEMPLATES.register("tokenizer")
 class TokenizerTemplate(TemplateConfig):
     """The tokenizer's own chat template. Supervised is an answer and what follows it up to and including the first
-    special token; a template that writes none gets the tokenizer's end token after the last answer.
+    special token. Where the template writes none, supervised is the text that it writes after an answer (if that is more
+    than white space), and the last answer gets the tokenizer's end token.
 
     Texts are stripped where the template strips them. A system text is put in front of the first question when the
     template refuses system turns. ``<think>`` blocks that a template puts before the last answer are not supervised.
@@ -85,9 +86,10 @@ class TokenizerTemplate(TemplateConfig):
             _write_literal(writer, before.removesuffix(" "))
             writer.text(f"{lead}{text}", supervised=True)
         trailing = _write_end(writer, layout.after, end)
-        if not _has_special(writer, end):
+        if _has_special(writer, end):
+            _write_literal(writer, trailing)
+        else:
             self.write_end(writer)
-        _write_literal(writer, trailing)
         return writer.pieces
 
     def write_end(self, writer: PieceWriter) -> None:
