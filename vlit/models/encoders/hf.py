@@ -83,10 +83,11 @@ class HfVisionEncoder(Encoder):
         return self
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
+        tower: Any = self.hf
         if enabled:
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
-            self.hf.gradient_checkpointing_disable()  # type: ignore[operator]
+            tower.gradient_checkpointing_disable()
 
 
 @ENCODERS.register("hf")
@@ -205,27 +206,46 @@ class HfEncoderConfig(EncoderConfig):
         """The vision model with its first ``num_layers`` blocks, and the names of tensors the checkpoint lacks."""
         config = copy.deepcopy(config)
         config.num_hidden_layers = max(num_layers, 1)
-        options = {"config": config, "dtype": dtype, "revision": self.revision, "output_loading_info": True}
+        options = {
+            "config": config,
+            "dtype": dtype,
+            "revision": self.revision,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # reported below with their shapes
+        }
         try:
             with quiet_transformers():
                 model, info = cls.from_pretrained(self.path, **options)
-                if prefix := self._key_prefix(info):
+                if prefix := _key_prefix(model, info):
                     renamed = {f"^{re.escape(prefix)}": ""}
                     model, info = cls.from_pretrained(self.path, key_mapping=renamed, **options)
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelError(
                 f'model.encoder.path: cannot load the weights of "{self.path}": {" ".join(str(error).split())[:300]}'
             ) from error
+        if other := sorted(info["mismatched_keys"]):
+            name, held, wanted = other[0]
+            raise ModelError(
+                f'model.encoder.path: {name} is {list(held)} in the weights of "{self.path}" and {list(wanted)} by its '
+                "config.json. The folder's files do not belong together."
+            )
         return model, set(info["missing_keys"])
 
-    @staticmethod
-    def _key_prefix(info: dict[str, Any]) -> str:
-        """Where the vision half sits in a larger checkpoint (BLIP-2, LLaVA): what precedes the missing names there."""
-        for name in sorted(info["missing_keys"], key=len, reverse=True)[:1]:
-            prefixes = {key[: -len(name)] for key in info["unexpected_keys"] if key.endswith(f".{name}")}
-            if len(prefixes) == 1:
-                return prefixes.pop()
+
+def _key_prefix(model: nn.Module, info: dict[str, Any]) -> str:
+    """Where the vision half sits in a larger checkpoint (BLIP-2, LLaVA); empty when names fit as they are.
+
+    Only asked when nothing at all was found, and only a prefix that completes *every* name counts: a text tower has
+    blocks of the same names, and must never stand in for a lost one.
+    """
+    missing = set(info["missing_keys"])
+    if not missing or {name for name, _ in model.named_parameters()} - missing:
         return ""
+    prefixes: set[str] | None = None
+    for name in missing:
+        found = {key[: -len(name)] for key in info["unexpected_keys"] if key.endswith(f".{name}")}
+        prefixes = found if prefixes is None else prefixes & found
+    return prefixes.pop() if prefixes and len(prefixes) == 1 else ""
 
 
 def resize_positions(model: nn.Module, config: Any, *, image_size: int) -> None:
@@ -244,10 +264,10 @@ def resize_positions(model: nn.Module, config: Any, *, image_size: int) -> None:
         tables = [key for key in old if key in new and old[key].shape != new[key].shape]
         for key in tables:
             rows, width = new[key].shape[-2:]
-            with torch.no_grad():
-                placeholder = torch.empty(1, rows, width, device=old[key].device, dtype=old[key].dtype)
-                table = module.interpolate_pos_encoding(placeholder, image_size, image_size)
-            old[key] = table.reshape(new[key].shape).contiguous()
+            with torch.no_grad():  # in fp32, whatever the weights are kept in
+                exact = copy.deepcopy(module).float()
+                table = exact.interpolate_pos_encoding(torch.empty(1, rows, width), image_size, image_size)
+            old[key] = table.reshape(new[key].shape).to(old[key].dtype).contiguous()
         resized.load_state_dict(old, strict=False, assign=True)
         for parameter_name, parameter in resized.named_parameters():
             if parameter_name not in old:
