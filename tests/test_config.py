@@ -116,6 +116,14 @@ def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
         read_yaml(write(tmp_path, "b.yaml", "extends: a.yaml\n"))
 
 
+def test_a_stage_set_to_null_is_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", BASE)
+    more = "stages.tune={data: [{path: b.json}], lr: 0.1, global_batch: 2}"
+    assert list(load_config(path, [more, "stages.align=null"]).stages) == ["tune"]
+    with pytest.raises(ConfigError, match="a run needs at least one stage"):
+        load_config(path, ["stages.align=null"])
+
+
 def test_merge_leaves_its_arguments_alone() -> None:
     base = {"a": {"b": 1}, "c": [1]}
     assert merge(base, {"a": {"d": 2}, "c": [2]}) == {"a": {"b": 1, "d": 2}, "c": [2]}

@@ -47,7 +47,9 @@ def _read(path: Path, shown: Path, chain: tuple[Path, ...]) -> tuple[dict[str, A
         raise ConfigError(f"{shown}: extends itself through {' -> '.join(p.name for p in (*chain, path))}.")
     if not path.is_file():
         by = f" (extended by {chain[-1].name})" if chain else ""
-        raise ConfigError(f"{shown}: no such configuration file{by}. Check the path; published ones are under configs/.")
+        raise ConfigError(
+            f"{shown}: no such configuration file{by}. Check the path; published ones are under configs/."
+        )
     try:
         with path.open(encoding="utf-8") as file:
             data = yaml.load(file, _UniqueKeyLoader)
@@ -118,7 +120,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 def _item(node: list[Any], key: str, override: str) -> Any:
     if not key.lstrip("-").isdigit() or not -len(node) <= int(key) < len(node):
-        raise ConfigError(f'override "{override}": "{key}" is not an item of a list of {len(node)} (0-{len(node) - 1}).')
+        raise ConfigError(
+            f'override "{override}": "{key}" is not an item of a list of {len(node)} (0-{len(node) - 1}).'
+        )
     return node[int(key)]
 
 
@@ -137,7 +141,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def validate_config(data: dict[str, Any], *, name: str, origins: dict[str, str] | None = None) -> RunConfig:
-    """Validate a plain mapping; ``name`` and ``origins`` (dotted key -> file) only serve the error text."""
+    """Validate a plain mapping; ``name`` and ``origins`` (dotted key -> file) only serve the error text.
+
+    A stage set to null is left out, so that ``stages.align=null`` drops a stage of a parent file.
+    """
+    if isinstance(data.get("stages"), dict):
+        data = data | {"stages": {name: stage for name, stage in data["stages"].items() if stage is not None}}
     plugins = data.get("plugins") or []
     if isinstance(plugins, list):
         load_plugins([str(p) for p in plugins])

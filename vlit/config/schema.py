@@ -220,7 +220,7 @@ class RunConfig(Strict):
     model: ModelConfig
     data: DataConfig = Field(default_factory=DataConfig)
     stages: dict[str, StageConfig]
-    """Stages by name, in order."""
+    """Stages by name, in order. A stage set to null is left out."""
     runtime: RuntimeConfig = RuntimeConfig()
     trackers: list[component("tracker")] = []  # type: ignore[valid-type]
     """Where metrics go besides `metrics.jsonl`: `tensorboard`, `wandb`."""
