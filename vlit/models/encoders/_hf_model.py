@@ -162,8 +162,9 @@ def find_structure(
     for name in after:
         model.set_submodule(name, PassThrough())
     del stack[kept:]
-    hidden = run_model(model, pixels, patch_side(config))
-    hidden.sum().backward()
+    with torch.inference_mode(False), torch.enable_grad():
+        hidden = run_model(model, pixels, patch_side(config))
+        hidden.sum().backward()
     first = f"{blocks}.0."
     unused: list[str] = []
     for name in [name for name, p in model.named_parameters() if p.grad is None]:

@@ -76,8 +76,9 @@ def find_structure(
     if final_norm and not isinstance(getattr(norm, "weight", None), nn.Parameter):
         raise ModelError(f'model.encoder.final_norm: "{name}" has no norm after its blocks. Set it to false.')
     prune(tower, index, final_norm=final_norm)
-    features, num_prefix = read_features(tower, pixels, index=index, norm=final_norm)
-    features.sum().backward()
+    with torch.inference_mode(False), torch.enable_grad():
+        features, num_prefix = read_features(tower, pixels, index=index, norm=final_norm)
+        features.sum().backward()
     unused = tuple(n for n, p in tower.named_parameters() if p.requires_grad and p.grad is None)
     return TowerStructure(index, features.shape[1], num_prefix, features.shape[2], unused)
 
