@@ -203,8 +203,8 @@ def test_markup_escapes_everything_that_is_not_markup():
 
 
 def test_numbers_are_written_as_a_reader_wants_them():
-    assert [number(v) for v in (0, 12345, 0.5, 2e-5, 1234.5, 121.4, float("nan"))] == [
-        "0", "12,345", "0.5", "2.0e-5", "1,234", "121.4", "nan",
+    assert [number(v) for v in (0, 12345, 0.5, 0.0005, 2e-5, 1234.5, 121.4, float("nan"))] == [
+        "0", "12,345", "0.5", "0.0005", "2.0e-5", "1,234", "121.4", "nan",
     ]  # fmt: skip
     assert [measure(v) for v in (2.0, 0.06, 12.34, 99.99, 250.0)] == ["2.00", "0.0600", "12.3", "100", "250"]
     assert [short(v) for v in (999, 1234, 7.06e9)] == ["999", "1.23k", "7.06B"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,10 +87,14 @@ def test_wandb_offline_writes_what_was_logged_and_keeps_the_run_id(tmp_path: Pat
     tracker.finish()
     run_id = (tmp_path / "wandb_run_id").read_text()
     (file,) = tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
+    records: list[wandb_internal_pb2.Record] = []
+    give_up = time.monotonic() + 60
+    while not (records and records[-1].WhichOneof("record_type") == "exit"):  # its own process writes the file
+        assert time.monotonic() < give_up, "wandb did not finish writing within 60 s"
+        time.sleep(0.05)
+        records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(file.read_bytes())]
     held: dict[str, list[tuple[int, float]]] = {}
-    for data in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             values = {"/".join(item.nested_key) or item.key: float(item.value_json) for item in record.history.item}
             steps = {name.split("/")[0]: int(value) for name, value in values.items() if name.endswith("/step")}

@@ -127,10 +127,10 @@ def line_chart(
         y = y_of(tick)
         parts.append(tag("line", x1=left, x2=right, y1=f"{y:.1f}", y2=f"{y:.1f}", cls="grid"))
         parts.append(tag("text", ticks(tick), x=left - 8, y=f"{y + 4:.1f}", text_anchor="end"))
-    for tick in nice_ticks(x_low, x_high, count=max(3, width // 130)):
+    for tick in (t for t in nice_ticks(x_low, x_high, count=max(3, width // 130)) if t == round(t)):
         parts.append(tag("text", number(tick), x=f"{x_of(tick):.1f}", y=bottom + 18, text_anchor="middle"))
     parts.append(tag("line", x1=left, x2=right, y1=bottom, y2=bottom, cls="axis"))
-    parts.append(tag("text", x_label, x=left - 8, y=bottom + 18, text_anchor="end"))
+    parts.append(tag("text", x_label, x=left - 16, y=bottom + 18, text_anchor="end"))
     for s in series:
         parts += _line(s, x_of, y_of, x_label=x_label, most=MAX_POINTS if wide else MAX_POINTS // 3, show=show)
     if wide:

@@ -106,7 +106,7 @@ def picture_of(image: Any, *, max_side: int = 320, alt: str = "") -> Markup:
 
 
 def number(value: Any) -> str:
-    """Three significant digits for fractions, thousands separators for integers, scientific below 0.001."""
+    """Three significant digits for fractions, thousands separators for integers, scientific below 0.0001."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if not math.isfinite(value):
@@ -115,14 +115,14 @@ def number(value: Any) -> str:
         return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if abs(value) < 1e-3:
+    if abs(value) < 1e-4:
         return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def measure(value: float) -> str:
     """A measured number with three significant digits, zeros kept: 2.004 -> 2.00."""
-    if not math.isfinite(value) or abs(value) < 1e-3 or abs(value) >= 100:
+    if not math.isfinite(value) or abs(value) < 1e-4 or abs(value) >= 100:
         return number(value)
     return f"{value:#.3g}".removesuffix(".")
 

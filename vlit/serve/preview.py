@@ -158,7 +158,10 @@ def _packing(rows: Sequence[PreviewRow]) -> Markup | None:
     if not rows:
         return None
     shown = legend([("f1", "pictures"), ("read", "read only"), ("f3", "supervised"), ("room", "free room")])
-    blocks: list[Markup] = [tag("h3", "Packing of the first steps"), shown]
+    order = tag(
+        "p", "One bar a row, one outline a sample; colours show amounts within it, not their order.", cls="small"
+    )
+    blocks: list[Markup] = [tag("h3", "Packing of the first steps"), order, shown]
     for step in sorted({row.step for row in rows}):
         of_step = [row for row in rows if row.step == step]
         samples = sum(len(row.segments) for row in of_step)

@@ -9,6 +9,7 @@ from typing import Any
 from vlit.serve.charts import Point, Series, line_chart, smooth
 from vlit.serve.markup import Markup, duration, join, measure, number, percent, picture, short, table, tag
 from vlit.serve.run_folder import Row, RunFolder, curve, is_number, nested_curves
+from vlit.types import IMAGE_PLACEHOLDER
 
 MOST_SOURCES = 6
 STEPS_SHOWN = 6
@@ -23,7 +24,7 @@ def curves_section(run: RunFolder) -> Markup:
 def _stage_curves(run: RunFolder, stage: str) -> Markup:
     rows = run.metrics[stage]
     loss, held_out = curve(rows, "loss"), curve(run.validation.get(stage, []), "loss")
-    sigma = max(1.0, len(loss) / 80)
+    sigma = max(1.5, len(loss) / 60)
     series = [
         Series("train, every step", loss, 1, "raw"),
         Series("train, smoothed", smooth(loss, sigma=sigma), 1),
@@ -33,7 +34,7 @@ def _stage_curves(run: RunFolder, stage: str) -> Markup:
     by_source = list(nested_curves(rows, "loss_by_source").items())
     if len(by_source) > 1:
         lines = [
-            Series(name, smooth(points, sigma=max(1.0, len(points) / 50)), colour)
+            Series(name, smooth(points, sigma=max(1.5, len(points) / 50)), colour)
             for colour, (name, points) in enumerate(by_source[:MOST_SOURCES], start=1)
         ]
         more = f", {MOST_SOURCES} of {len(by_source)} sources" if len(by_source) > MOST_SOURCES else ""
@@ -70,7 +71,7 @@ def _small(
 ) -> Markup:
     lines = [
         Series(title, points, colour, "raw"),
-        Series("smoothed", smooth(points, sigma=max(1.0, len(points) / 50)), colour),
+        Series("smoothed", smooth(points, sigma=max(1.5, len(points) / 50)), colour),
     ]
     may_log = title == "Gradient norm"
     return line_chart(
@@ -133,7 +134,7 @@ def _stage_samples(run: RunFolder, stage: str, rows: list[Row]) -> Markup | None
             if said is not None:
                 answers.append((number(row["step"]), tag("div", said, cls="qa")))
         text = [
-            _labelled("Question", sample.get("question")),
+            _labelled("Question", str(sample.get("question", "")).replace(IMAGE_PLACEHOLDER, "").strip()),
             _labelled("Reference", sample.get("answer")),
             table(("Step", "Answer"), answers, cls="narrow-first"),
         ]

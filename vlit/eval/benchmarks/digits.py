@@ -17,7 +17,7 @@ class DigitsConfig(ComponentConfig):
     """Held-out questions of the embedded world. Choose on `validation`; score `test` once."""
 
     type: Literal["digits"] = "digits"
-    world: str = "data/digits"
+    world: str = "outputs/world/digits"
     """Folder of the built world."""
     split: Literal["validation", "test"] = "validation"
     """Held-out part to ask."""
