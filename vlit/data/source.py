@@ -189,8 +189,8 @@ def write_quarantine(path: Path, entries: list[QuarantineEntry], *, replace_sour
         with path.open("a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
         return
-    kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = [line for line in kept if json.loads(line)["source"] != replace_source]
+    kept = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    kept = [line for line in kept if line and json.loads(line)["source"] != replace_source]
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text("".join(line + "\n" for line in kept + lines), encoding="utf-8")
     os.replace(aside, path)

@@ -91,6 +91,7 @@ def evaluate_checkpoint(
             f"--benchmark {benchmark}: {where}{first['msg'] if not where else ': ' + first['msg']}"
         ) from error
     built = config.build()
+    built.load()  # a missing question file is an error before the model is loaded
     answerer, manifest = load_answerer(checkpoint, max_new_tokens=max_new_tokens)
     folder = Path(manifest["folder"])
     stage = str(manifest["info"].get("stage", folder.parent.name))

@@ -68,11 +68,11 @@ class MetricsFile:
         if not self.path.is_file():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:
-                continue  # a line cut short by a kill belongs to a step that will be done again
+                continue  # the end of the file, or a line cut short by a kill belongs to a step that will be done again
             if row.get("stage") != stage or row.get("step", 0) <= step:
                 kept.append(line)
         aside = self.path.with_suffix(".writing")
