@@ -85,12 +85,12 @@ def build_spm_legacy(folder: Path) -> None:
 
 def build_spm_prepend(folder: Path) -> None:
     """The same as an older ``tokenizer.json``: a Prepend normalizer instead of Metaspace."""
-    from transformers import AutoTokenizer
+    from vlit.data.load_tokenizer import tokenizer_for
 
     source = folder / "source"
     source.mkdir()
     _spm(source, legacy=True)
-    spec = json.loads(AutoTokenizer.from_pretrained(source).backend_tokenizer.to_str())
+    spec = json.loads(tokenizer_for(str(source)).backend_tokenizer.to_str())
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
     spec["pre_tokenizer"] = None

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlit.errors import DataError, ModelError
+from vlit.errors import DataError
 
 Context = Literal["start", "special", "text"]
 """What stands before a fragment: nothing or an image, a special token, other text."""
@@ -78,17 +77,19 @@ class TextEncoder:
             else None
         )
         self._forbidden = frozenset(traits.specials.values()) - {unk}
-        self.whole = _backend(spec)
-        prefix = _remove_prefix(spec)
-        self.continued = self.whole if prefix == "none" else _backend(spec)
-        self._by_context = {
-            "start": self.whole,
-            "special": self.whole if prefix == "always" else self.continued,
-            "text": self.continued,
+        whole = _backend(spec)
+        prefix, marks = _remove_prefix(spec)
+        self._continued = whole if prefix == "none" else _backend(spec)
+        self._whole = self._continued if marks else whole
+        self._lead = " " if marks else ""
+        self._prefixed: dict[Context, bool] = {
+            "start": prefix != "none",
+            "special": prefix == "always",
+            "text": False,
         }
 
     def encode(self, text: str, context: Context) -> list[int]:
-        """Ids of ``text``. ``start`` is how the tokenizer encodes a text of its own; ``special`` how transformers goes
+        """Ids of ``text``. ``start`` is how the tokenizer encodes a text by itself; ``special`` how transformers goes
         on after a special token; ``text`` adds no prefix space, so the text's own characters are all that is encoded.
         """
         return [token_id for token_id, _ in self.encode_with_text(text, context, with_text=False)]
@@ -99,12 +100,23 @@ class TextEncoder:
         """
         if not text:
             return []
-        encoding = self._by_context[context].encode(text, add_special_tokens=False)
-        if not self._forbidden.isdisjoint(encoding.ids):
-            return self._encode_apart(text, context, with_text)
+        pairs = self._run(text, context, with_text)
+        if self._forbidden.isdisjoint(token_id for token_id, _ in pairs):
+            return pairs
+        return self._encode_apart(text, context, with_text)
+
+    def _run(self, text: str, context: Context, with_text: bool) -> list[tuple[int, str]]:
+        """The prefix of SentencePiece is a space in front of *every* text, also of one that begins with a space; the
+        Metaspace of ``tokenizers`` leaves it out there, so it is written out.
+        """
+        prefixed = self._prefixed[context]
+        lead = self._lead if prefixed else ""
+        backend = self._whole if prefixed else self._continued
+        encoding = backend.encode(lead + text, add_special_tokens=False)
         if not with_text:
             return [(token_id, "") for token_id in encoding.ids]
-        return list(zip(encoding.ids, _cover(text, encoding.offsets), strict=True))
+        ends = [max(0, end - len(lead)) for _, end in encoding.offsets]
+        return list(zip(encoding.ids, _cover(text, ends), strict=True))
 
     def _encode_apart(self, text: str, context: Context, with_text: bool) -> list[tuple[int, str]]:
         """For vocabularies whose ordinary model can produce a special token (Unigram, WordLevel): cut every special
@@ -122,14 +134,12 @@ class TextEncoder:
             part, part_context = text[begin:end], context if begin == 0 else "text"
             if not part:
                 continue
-            encoding = self._by_context[part_context].encode(part, add_special_tokens=False)
-            if not self._forbidden.isdisjoint(encoding.ids):
+            pairs = self._run(part, part_context, with_text)
+            if not self._forbidden.isdisjoint(token_id for token_id, _ in pairs):
                 raise DataError(
                     f"the tokenizer cannot write {part[:40]!r} without a special token. Remove it from the text."
                 )
-            result += zip(
-                encoding.ids, _cover(part, encoding.offsets) if with_text else [""] * len(encoding.ids), strict=True
-            )
+            result += pairs
         return result
 
 
@@ -137,38 +147,6 @@ class TextEncoder:
 def encoder_of(tokenizer: Any) -> TextEncoder:
     """The (cached) encoder of a tokenizer."""
     return TextEncoder(tokenizer)
-
-
-@functools.lru_cache(maxsize=16)
-def tokenizer_for(path: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder or hub name. Asks the network only when the local cache does not hold it.
-
-    Raises:
-        ModelError: there is none, or it has no fast (Rust) implementation.
-    """
-    from transformers import AutoTokenizer
-
-    if os.path.isdir(path):
-        attempts = [{"local_files_only": True}]
-    else:
-        attempts = [{"local_files_only": True}, {}]
-    error: Exception | None = None
-    for options in attempts:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-            break
-        except (OSError, ValueError, ImportError, KeyError) as reason:
-            error = reason
-    else:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"tokenizer {path}: cannot be loaded ({first_line}). Name a folder with tokenizer.json or "
-            "tokenizer.model, or a hub model."
-        ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"tokenizer {path}: {type(tokenizer).__name__} has no fast version, which exact masks need. "
-                         "Convert it to a tokenizer.json first.")  # fmt: skip
-    return tokenizer
 
 
 def _backend(spec: dict[str, Any]) -> Any:
@@ -179,13 +157,15 @@ def _backend(spec: dict[str, Any]) -> Any:
     return backend
 
 
-def _remove_prefix(spec: dict[str, Any]) -> Literal["none", "first", "always"]:
-    """Take the prefix space out of a tokenizer's JSON (in place); says when it was added: never, only at the start of a
-    text, or after every special token too.
+def _remove_prefix(spec: dict[str, Any]) -> tuple[Literal["none", "first", "always"], bool]:
+    """Take the prefix space out of a tokenizer's JSON (in place). Returns when it was added (never, only at the start of a
+    text, or after every special token too) and whether Metaspace added it.
     """
     found: set[str] = set()
+    marks = False
 
     def visit(node: Any) -> Any:
+        nonlocal marks
         if not isinstance(node, dict):
             return node
         kind = node.get("type")
@@ -200,6 +180,7 @@ def _remove_prefix(spec: dict[str, Any]) -> Literal["none", "first", "always"]:
             scheme = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
             if scheme != "never":
                 found.add(scheme)
+                marks = True
             node["prepend_scheme"] = "never"
             node.pop("add_prefix_space", None)
         elif kind == "ByteLevel" and node.get("add_prefix_space"):
@@ -209,14 +190,14 @@ def _remove_prefix(spec: dict[str, Any]) -> Literal["none", "first", "always"]:
 
     spec["normalizer"] = visit(spec.get("normalizer"))
     spec["pre_tokenizer"] = visit(spec.get("pre_tokenizer"))
-    return "always" if "always" in found else "first" if "first" in found else "none"
+    return "always" if "always" in found else "first" if "first" in found else "none", marks
 
 
-def _cover(text: str, offsets: list[tuple[int, int]]) -> list[str]:
-    """Stretches of ``text`` that its tokens stand for, without gap or overlap."""
+def _cover(text: str, ends: list[int]) -> list[str]:
+    """Stretches of ``text`` that its tokens stand for, without gap or overlap; ``ends`` are the tokens' end offsets."""
     stretches, done = [], 0
-    for index, (_, end) in enumerate(offsets):
-        shared = index + 1 < len(offsets) and offsets[index + 1][1] == end
+    for index, end in enumerate(ends):
+        shared = index + 1 < len(ends) and ends[index + 1] == end
         upto = done if shared else max(done, end)
         stretches.append(text[done:upto])
         done = upto

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlit.config.schema import DataConfig
+from vlit.data.load_tokenizer import tokenizer_for
 from vlit.data.templates._base import TemplateConfig
-from vlit.data.text import Context, TextEncoder, encoder_of, tokenizer_for, traits_of
+from vlit.data.text import Context, TextEncoder, encoder_of, traits_of
 from vlit.errors import DataError
 from vlit.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, ModelSpec, Piece, Sample, TokenizedSample, Turn
 
