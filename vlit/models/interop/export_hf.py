@@ -1,14 +1,16 @@
 """A trained model as ``LlavaForConditionalGeneration``: what transformers, vLLM, SGLang and others load.
 
-The exported folder has the layout of the published llava-hf checkpoints: the *whole* vision tower, blocks past the
-feature layer included (from the encoder's own checkpoint), with ``vision_feature_layer`` counted from the end. A
-shorter tower with ``vision_feature_layer: -1`` would give the same features in transformers, but readers that
-hard-code -2 would not notice.
+The folder has the layout of the published llava-hf checkpoints, because every version and every other reader knows it:
+tensor names of transformers up to 4.51 (``vision_tower.vision_model.*``; 5.x saves names that older readers miss), and
+the *whole* vision tower, blocks past the feature layer included (from the encoder's own checkpoint), with
+``vision_feature_layer`` counted from the end. A shorter tower with layer -1 would give the same features in transformers,
+but readers that assume -2 would not notice.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu"}
+_WRAPPED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
+"""Towers whose tensors carried ``vision_model.`` before transformers 5."""
+_SHARD_BYTES = 5_000_000_000
 _ROWS = 64
 """Vocabularies that grow are padded to a multiple of this, as the published conversions are (32,000 -> 32,064)."""
 
@@ -54,15 +59,18 @@ def export_hf(model: VisionLanguageModel, out: Path, *, template: Any = None, im
     chat = jinja_template(template, tokenizer) if template is not None else None
     rows = _add_tokens(tokenizer, held=model.llm.head.weight.shape[0])
     tower = _whole_tower(model)
-    llava = _assemble(model, tower, tokenizer, rows)
-    _set_generation(llava, tokenizer, template)
-    processor = _processor(model, llava.config, tokenizer, chat, image_policy)
+    config = _config(model, tower, tokenizer, rows)
+    tensors = _tensors(model, tower, config)
+    processor = _processor(model, config, tokenizer, chat, image_policy)
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     with quiet_transformers():
-        llava.save_pretrained(aside)
+        config.save_pretrained(aside)
+        _generation(tokenizer, template).save_pretrained(aside)
         processor.save_pretrained(aside)
+        processor.image_processor.save_pretrained(aside)  # preprocessor_config.json, for readers older than 5.0
+    _write(tensors, aside, config=config)
     if out.exists():
         out.rmdir()
     aside.rename(out)
@@ -124,16 +132,17 @@ def _whole_tower(model: VisionLanguageModel) -> nn.Module:
     return tower
 
 
-def _assemble(model: VisionLanguageModel, tower: nn.Module, tokenizer: Any, rows: int) -> Any:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+def _config(model: VisionLanguageModel, tower: nn.Module, tokenizer: Any, rows: int) -> Any:
+    from transformers import LlavaConfig
 
-    connector: Any = model.connector
     own: Any = model.llm.hf.config
     text = type(own).from_dict(own.to_dict())
     text.vocab_size, text.use_cache = rows, True
     encoder: Any = model.encoder
     blocks = len(encoder.hf.get_submodule(encoder.blocks_name))
     vision: Any = copy.deepcopy(tower.config)
+    for part in (text, vision):
+        part._name_or_path = ""  # a path of this machine
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -145,31 +154,75 @@ def _assemble(model: VisionLanguageModel, tower: nn.Module, tokenizer: Any, rows
         tie_word_embeddings=text.tie_word_embeddings,
     )
     config.update(
-        {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+        }
     )
-    with torch.device("meta"), quiet_transformers():
-        llava = LlavaForConditionalGeneration(config)
+    config.dtype = next(model.llm.parameters()).dtype
+    return config
+
+
+def _tensors(model: VisionLanguageModel, tower: nn.Module, config: Any) -> dict[str, Tensor]:
+    """All tensors by transformers' present names, checked against the model that will load them."""
+    from transformers import LlavaForConditionalGeneration
+
+    rows = config.text_config.vocab_size
     hf: Any = model.llm.hf
     embeddings = hf.get_input_embeddings().weight
-    state: dict[str, Tensor] = {f"model.vision_tower.{n}": t for n, t in tower.state_dict().items()}
-    for name in ("weight", "bias"):
-        for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
-            state[f"model.multi_modal_projector.{theirs}.{name}"] = connector.state_dict()[f"layers.{ours}.{name}"]
+    tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    for name, tensor in model.connector.state_dict().items():
+        _, number, leaf = name.split(".")
+        tensors[f"model.multi_modal_projector.linear_{1 + int(number) // 2}.{leaf}"] = tensor
     for name, tensor in model.llm.trunk.state_dict().items():
-        grown = tensor if tensor.data_ptr() != embeddings.data_ptr() else _grow(tensor, rows)
-        state[f"model.language_model.{name}"] = grown
+        same = tensor.data_ptr() == embeddings.data_ptr()
+        tensors[f"model.language_model.{name}"] = _grow(tensor, rows) if same else tensor
     if not config.tie_word_embeddings:
-        state["lm_head.weight"] = _grow(model.llm.head.weight.detach(), rows)
-    missing, unexpected = llava.load_state_dict(state, strict=False, assign=True)
-    llava.tie_weights()
-    left = [n for n in missing if n in dict(llava.named_parameters()) and llava.get_parameter(n).is_meta]
-    if left or unexpected:
+        tensors["lm_head.weight"] = _grow(model.llm.head.weight, rows)
+    with torch.device("meta"), quiet_transformers():
+        wanted = LlavaForConditionalGeneration(copy.deepcopy(config)).state_dict()
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    reshaped = {n for n in wanted.keys() & tensors.keys() if wanted[n].shape != tensors[n].shape}
+    if wrong := sorted(reshaped | (wanted.keys() ^ tensors.keys())):
         raise ExportError(
-            f"llm: {type(model.llm.hf).__name__} names its weights otherwise inside LLaVA: missing {left[:2]}, "
-            f"left over {unexpected[:2]}."
+            f"llm: {type(model.llm.hf).__name__} has other weights inside LLaVA than by itself, the first is {wrong[0]}."
         )
-    llava.config.dtype = next(model.llm.parameters()).dtype
-    return llava
+    return tensors
+
+
+def _published_name(name: str, vision_type: str) -> str:
+    """A present tensor name as the published checkpoints (transformers up to 4.51) have it."""
+    inner = "vision_model." if vision_type in _WRAPPED_TOWERS else ""
+    for now, then in (
+        ("model.vision_tower.", f"vision_tower.{inner}"),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(now):
+            return then + name[len(now) :]
+    return name
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, *, config: Any) -> None:
+    """Safetensors of at most 5 GB each, with an index when there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    kind = config.vision_config.model_type
+    named = {_published_name(name, kind): tensor.detach() for name, tensor in tensors.items()}
+    plan = split_torch_state_dict_into_shards(
+        named, max_shard_size=_SHARD_BYTES, filename_pattern="model{suffix}.safetensors"
+    )
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: named[name].cpu().contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _grow(weight: Tensor, rows: int) -> Tensor:
@@ -185,7 +238,7 @@ def _grow(weight: Tensor, rows: int) -> Tensor:
     return torch.cat([weight.detach(), mean.expand(extra, -1)])
 
 
-def _set_generation(llava: Any, tokenizer: Any, template: Any) -> None:
+def _generation(tokenizer: Any, template: Any) -> Any:
     """Greedy decoding that ends where the template ends an answer."""
     from transformers import GenerationConfig
 
@@ -194,7 +247,7 @@ def _set_generation(llava: Any, tokenizer: Any, template: Any) -> None:
         if token in ("<|im_end|>", "<|eot_id|>") and token in tokenizer.get_added_vocab():
             ends.insert(0, tokenizer.convert_tokens_to_ids(token))
     ends = list(dict.fromkeys(i for i in ends if i is not None))
-    llava.generation_config = GenerationConfig(
+    return GenerationConfig(
         eos_token_id=ends or None, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
     )
 

@@ -140,12 +140,9 @@ def _check_extra_rows(config: dict[str, Any], *, rows: int, held: int, source: s
     cause = None
     if image is not None and image < rows:
         cause = f"the image token is number {image}, so the rows from {rows} on are not its own"
-    file = Path(source) / "tokenizer_config.json"
-    if file.is_file():
-        added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        named = [t["content"] for i, t in added.items() if int(i) >= rows and t["content"] not in ("<image>", "<pad>")]
-        if named:
-            cause = f"its tokens {', '.join(named[:5])} have rows there"
+    named = [t for i, t in _added_tokens(Path(source)).items() if i >= rows and t not in ("<image>", "<pad>")]
+    if named:
+        cause = f"its tokens {', '.join(named[:5])} have rows there"
     if cause is not None:
         raise ModelError(
             f'model.llm: "{source}" has {held} token embeddings, the model of model.llm.path has {rows}: {cause}. '
@@ -153,8 +150,28 @@ def _check_extra_rows(config: dict[str, Any], *, rows: int, held: int, source: s
         )
 
 
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """Id -> string of the tokens that were added to the tokenizer of ``folder``; {} for a lone weights file."""
+    found: dict[int, str] = {}
+    config, fast = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if config.is_file():
+        held = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        found |= {int(i): token["content"] for i, token in held.items()}
+    if fast.is_file():
+        held = json.loads(fast.read_text(encoding="utf-8")).get("added_tokens", [])
+        found |= {int(token["id"]): token["content"] for token in held}
+    return found
+
+
 def _check_features(model: VisionLanguageModel, config: dict[str, Any], source: str) -> None:
-    """The connector was trained on one layer's features; another layer's would be noise to it."""
+    """The connector was trained on one layer's features and with one activation; others would be noise to it."""
+    activations = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
+    held = config.get("projector_hidden_act", "gelu")
+    own = getattr(model.config.connector, "activation", None)
+    if own is not None and activations.get(held, held) != own:
+        raise ModelError(
+            f'model.connector.activation: {own}, but the connector of "{source}" was trained with activation {held}.'
+        )
     layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer"))
     asked = getattr(model.config.encoder, "feature_layer", None)
     blocks = config.get("vision_config", {}).get("num_hidden_layers")
