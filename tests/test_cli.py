@@ -46,6 +46,23 @@ def test_training_under_torchrun_writes_model_and_report(trained: tuple[Path, Pa
     assert (out / "instruct" / "model" / "manifest.json").is_file()
 
 
+def test_two_ranks_learn_what_one_rank_learns(tiny_dir: Path, tmp_path: Path) -> None:
+    """Uneven packs: 6 and 4 records a step over two processes, some without an image."""
+    losses = []
+    for ranks in (1, 2):
+        run = tiny_run(tiny_dir, tmp_path / f"ranks{ranks}", "stages.instruct.micro_batch_tokens=150")
+        config = tmp_path / f"ranks{ranks}.yaml"
+        config.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+        command(*torchrun, "scripts/train.py", "--config", str(config))
+        rows = (tmp_path / f"ranks{ranks}" / "metrics.jsonl").read_text().splitlines()
+        losses.append([(json.loads(row)["loss"], json.loads(row)["label_tokens"]) for row in rows])
+    assert len(losses[0]) == 12
+    for (one, labels_one), (two, labels_two) in zip(*losses, strict=True):
+        assert labels_one == labels_two
+        assert two == pytest.approx(one, rel=1e-5)
+
+
 def test_eval_answers_a_question_file_and_resumes(trained: tuple[Path, Path], tiny_dir: Path, tmp_path: Path) -> None:
     _, out = trained
     questions = tmp_path / "questions.jsonl"
