@@ -53,6 +53,11 @@ def _lines(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Ite
             advance(read)
             read = 0
         line = line.strip()
+        if line == b"{":
+            raise DataError(
+                f"{path}: the file is one JSON object over several lines. Expected a JSON array of records, or one record "
+                "a line."
+            )
         if line:
             yield line
     advance(read)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class QuarantineEntry:
     record: int
     id: str | None
     reason: str
+    found: Literal["reading", "loading"]
+    """While the dataset file was read, or later, when a step was loaded."""
 
 
 class RecordSource:
@@ -87,7 +89,7 @@ class RecordSource:
     def quarantine_entry(self, index: int, reason: str) -> QuarantineEntry:
         """The manifest line of a record that was found bad while loading."""
         row = self._row(index)
-        return QuarantineEntry(self.name, str(self.path), row["record"], row["id"], reason)
+        return QuarantineEntry(self.name, str(self.path), row["record"], row["id"], reason, "loading")
 
     def image_path(self, image: str) -> Path:
         """The file of an image reference; DataError when it leaves the image folder."""
@@ -101,7 +103,7 @@ def open_source(
 
     Args:
         seed: draws the records that ``source.max_records`` keeps.
-        quarantine_path: manifest of bad records; lines of this source are replaced, others kept.
+        quarantine_path: manifest of bad records; the lines that reading this source wrote before are replaced.
 
     Raises:
         DataError: missing or unreadable file, bad record (policy ``error``), budget exceeded (``quarantine``), missing
@@ -117,7 +119,9 @@ def open_source(
         progress=progress,
     )
     if info.num_bad:
-        entries = [QuarantineEntry(name, str(path), bad["record"], bad["id"], bad["reason"]) for bad in info.bad]
+        entries = [
+            QuarantineEntry(name, str(path), bad["record"], bad["id"], bad["reason"], "reading") for bad in info.bad
+        ]
         if quarantine_path is not None:
             write_quarantine(quarantine_path, entries, replace_source=name)
         check_budget(
@@ -182,15 +186,19 @@ def check_budget(
 
 
 def write_quarantine(path: Path, entries: list[QuarantineEntry], *, replace_source: str | None = None) -> None:
-    """Add lines to the manifest; with ``replace_source`` its earlier lines go, so a restart does not double them."""
-    lines = [json.dumps(entry.__dict__, ensure_ascii=False) for entry in entries]
+    """Add lines to the manifest, none twice. With ``replace_source`` the lines that reading that source wrote before go
+    first; those found while loading stay, because the steps that met them are not repeated when a run is resumed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if replace_source is None:
+    held = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    kept = [row for row in held if row["source"] != replace_source or row["found"] != "reading"]
+    known = {(row["source"], row["record"]) for row in kept}
+    new = [asdict(entry) for entry in entries if (entry.source, entry.record) not in known]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (kept + new if len(kept) < len(held) else new)]
+    if len(kept) == len(held):  # several ranks may add lines; a short append is not torn apart
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
+            file.writelines(lines)
         return
-    kept = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    kept = [line for line in kept if line and json.loads(line)["source"] != replace_source]
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text("".join(line + "\n" for line in kept + lines), encoding="utf-8")
+    aside.write_text("".join(lines), encoding="utf-8")
     os.replace(aside, path)

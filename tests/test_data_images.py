@@ -1,0 +1,205 @@
+"""Image decoding and policies, against transformers' CLIP processor, LLaVA's padding rule and hand-made pixels."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data_fixtures import make_spec
+from vlit.data import images as module
+from vlit.data.images import load_view, mean_colour, open_rgb, resolve_image
+from vlit.errors import DataError
+
+SPEC = make_spec("none", image_size=56)
+GREY = (122, 116, 104)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some noise, so that resampling differences would show."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(0, 9, width), np.linspace(0, 7, height))
+    waves = np.stack([np.sin(x + y), np.cos(x - y), np.sin(x * y / 5)], -1) * 100 + 128
+    return Image.fromarray(np.clip(waves + rng.normal(0, 12, waves.shape), 0, 255).astype(np.uint8))
+
+
+def save(tmp_path: Path, image: Image.Image, name: str = "a.png", **options: object) -> Path:
+    image.save(tmp_path / name, **options)  # type: ignore[arg-type]
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (56, 56), (57, 200), (1000, 60), (30, 20), (333, 334)])
+def test_crop_equals_transformers_clip_processor(tmp_path: Path, size: tuple[int, int]):
+    from transformers import CLIPImageProcessorPil
+
+    path = save(tmp_path, picture(*size))
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    expected = processor(Image.open(path), do_rescale=False, do_normalize=False)["pixel_values"][0]
+    view = load_view(path, policy="crop", spec=SPEC)
+    assert view.dtype == np.uint8
+    assert view.shape == (3, 56, 56)
+    np.testing.assert_array_equal(view, np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (481, 640), (57, 200), (30, 20)])
+def test_pad_equals_llavas_square_then_clip_processor(tmp_path: Path, size: tuple[int, int]):
+    from transformers import CLIPImageProcessorPil
+
+    path = save(tmp_path, picture(*size))
+    width, height = size
+    side = max(size)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = GREY
+    left, top = (side - width) // 2, (side - height) // 2
+    square[top : top + height, left : left + width] = np.asarray(Image.open(path))
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    expected = processor(Image.fromarray(square), do_rescale=False, do_normalize=False)["pixel_values"][0]
+    np.testing.assert_array_equal(load_view(path, policy="pad", spec=SPEC), np.asarray(expected))
+
+
+def test_squash_resizes_both_sides(tmp_path: Path):
+    path = save(tmp_path, picture(100, 40))
+    expected = np.asarray(picture(100, 40).resize((56, 56), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(load_view(path, policy="squash", spec=SPEC), expected)
+    bilinear = make_spec("none", image_size=56, resample="bilinear")
+    expected = np.asarray(picture(100, 40).resize((56, 56), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(load_view(path, policy="squash", spec=bilinear), expected)
+
+
+def test_mean_colour_is_llavas():
+    assert mean_colour(SPEC) == GREY
+    assert mean_colour(make_spec("none", image_mean=(0.5, 0.5, 0.5))) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_gives_the_upright_picture(tmp_path: Path, orientation: int):
+    upright = picture(40, 24)
+    undo = {
+        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]  # fmt: skip
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path, stored, exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_rgb(path, background=GREY)), np.asarray(upright))
+
+
+def rgb(path: Path) -> np.ndarray:
+    return np.asarray(open_rgb(path, background=GREY))
+
+
+def test_modes_are_converted_by_the_documented_rules(tmp_path: Path):
+    base = picture(12, 10)
+    pixels = np.asarray(base)
+    np.testing.assert_array_equal(rgb(save(tmp_path, base)), pixels)
+
+    grey = np.asarray(base.convert("L"))
+    np.testing.assert_array_equal(rgb(save(tmp_path, Image.fromarray(grey))), grey[..., None].repeat(3, -1))
+
+    bits = base.convert("1")
+    np.testing.assert_array_equal(rgb(save(tmp_path, bits)), np.asarray(bits.convert("RGB")))
+
+    deep = (grey.astype(np.uint16) * 257).astype(np.uint16)  # 8 bits spread over 16
+    np.testing.assert_array_equal(rgb(save(tmp_path, Image.fromarray(deep))), grey[..., None].repeat(3, -1))
+    floats = Image.fromarray((grey / 255).astype(np.float32))
+    np.testing.assert_array_equal(rgb(save(tmp_path, floats, "f.tiff")), grey[..., None].repeat(3, -1))
+
+    alpha = np.zeros((10, 12), np.uint8)
+    alpha[:, 6:] = 255
+    rgba = np.dstack([pixels, alpha])
+    expected = pixels.copy()
+    expected[:, :6] = GREY
+    np.testing.assert_array_equal(rgb(save(tmp_path, Image.fromarray(rgba))), expected)
+    la = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    expected = grey[..., None].repeat(3, -1)
+    expected[:, :6] = GREY
+    np.testing.assert_array_equal(rgb(save(tmp_path, la)), expected)
+
+    palette = Image.new("P", (4, 2))
+    palette.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+    palette.putdata([0, 1, 0, 1, 1, 0, 1, 0])
+    assert rgb(save(tmp_path, palette))[0, :2].tolist() == [[255, 0, 0], [0, 0, 255]]
+    assert rgb(save(tmp_path, palette, transparency=1))[0, :2].tolist() == [[255, 0, 0], list(GREY)]
+
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red = rgb(save(tmp_path, cmyk, "a.jpg", quality=95))[4, 4]
+    assert red[0] > 240
+    assert max(red[1:]) < 15
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    for name in ("a.gif", "a.png", "a.webp"):
+        path = tmp_path / name
+        options = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], **options)  # type: ignore[arg-type]
+        assert rgb(path)[0, 0].tolist() == [255, 0, 0], name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (20000, 10)])
+@pytest.mark.parametrize("policy", ["pad", "crop", "squash"])
+def test_extreme_shapes_give_a_view_of_the_right_size(tmp_path: Path, size: tuple[int, int], policy: str):
+    path = save(tmp_path, Image.new("RGB", size, (9, 200, 30)))
+    view = load_view(path, policy=policy, spec=SPEC)  # type: ignore[arg-type]
+    assert view.shape == (3, 56, 56)
+    assert view[:, 28, 28].tolist() == [9, 200, 30] or policy == "pad"
+
+
+def test_files_that_are_no_images_are_refused_by_name(tmp_path: Path):
+    jpeg = io.BytesIO()
+    picture(200, 150).save(jpeg, "JPEG")
+    whole = jpeg.getvalue()
+    cases = {
+        "zero.jpg": (b"", "the file is empty"),
+        "page.jpg": (b"<!DOCTYPE html><html>", "it starts with b'<!DOCTYPE ht"),
+        "half.jpg": (whole[: len(whole) // 2], "cannot be decoded"),
+        "tenth.jpg": (whole[: len(whole) // 10], "not an image|cannot be decoded"),
+    }
+    for name, (content, words) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}.*({words})"):
+            load_view(tmp_path / name, policy="pad", spec=SPEC)
+    with pytest.raises(DataError, match=r"absent\.jpg: the image does not exist"):
+        load_view(tmp_path / "absent.jpg", policy="pad", spec=SPEC)
+    with pytest.raises(DataError, match=r"folder|cannot be decoded"):
+        load_view(tmp_path, policy="pad", spec=SPEC)
+
+
+def test_a_decompression_bomb_is_refused_before_its_pixels_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    def png(width: int, height: int) -> bytes:
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        return (
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+        )
+
+    monkeypatch.setattr(module.Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    for side in (14_000, 60_000):  # above our limit; above PIL's own
+        (tmp_path / "bomb.png").write_bytes(png(side, side))
+        with pytest.raises(DataError, match=r"bomb\.png: .*pixels"):
+            load_view(tmp_path / "bomb.png", policy="pad", spec=SPEC)
+
+
+def test_paths_stay_inside_the_image_folder(tmp_path: Path):
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    assert resolve_image("sub/a.jpg", root) == root / "sub" / "a.jpg"
+    assert resolve_image(str(root / "a.jpg"), root) == root / "a.jpg"
+    for image in (
+        "../a.jpg",
+        "sub/../../a.jpg",
+        "/etc/passwd",
+        str(root / ".." / "a.jpg"),
+        str(tmp_path / "images2" / "a"),
+    ):
+        with pytest.raises(DataError, match="image folder"):
+            resolve_image(image, root)
