@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import ExportError
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.interop import initialise
-from vlit.models.interop.export_hf import export_hf, why_not
+from vlit.models.interop.chat_template import jinja_template
+from vlit.models.interop.export_hf import add_tokens, export_hf, why_not
 from vlit.models.interop.weights import WeightFiles
 from vlit.models.tuning import apply_tuning, merge_lora
 from vlit.registry import TEMPLATES
-from vlit.types import Turn
+from vlit.types import Sample, Turn
 
 ENCODERS = ("clip", "clip_vision", "siglip", "dinov2", "vit")
 LLMS = tuple(kind for kind in LLM_KINDS if kind not in ("phi", "gemma2"))
@@ -232,8 +234,6 @@ def test_the_exported_chat_template_writes_the_ids_of_training(
 def test_the_exported_template_continues_a_conversation_as_training_wrote_it(tiny_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoProcessor
 
-    from vlit.types import Sample
-
     model = assemble(tiny_dir)
     for name in ("v1", "llama2", "chatml", "llama3"):
         template = TEMPLATES.get(name)()
@@ -244,6 +244,50 @@ def test_the_exported_template_continues_a_conversation_as_training_wrote_it(tin
         text = processor.apply_chat_template([{"role": t.role, "content": t.text} for t in TURNS])
         theirs = processor(text=text, images=[Image.new("RGB", (9, 9))], return_tensors="pt").input_ids[0]
         assert theirs.tolist() == np.where(ours.is_image, 384, ours.input_ids).tolist()
+
+
+SENTENCEPIECE = ("v0", "v1", "llama2", "mistral", "plain")
+NATURAL = {
+    "spm": SENTENCEPIECE,
+    "spm_legacy": SENTENCEPIECE,
+    "spm_prepend": SENTENCEPIECE,
+    "tekken": ("v1", "mistral", "plain"),
+    "gpt": ("v0", "v1", "llama2", "plain"),
+    "chatml": ("chatml",),
+}
+"""Real tokenizers with the templates that have their special tokens (or need none)."""
+
+
+@pytest.mark.parametrize("name", NATURAL)
+def test_the_chat_template_writes_the_ids_of_training_under_real_tokenizers(name: str, tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    from tests.data_fixtures import BUILDERS, make_spec
+    from vlit.data.load_tokenizer import tokenizer_for
+
+    BUILDERS[name](tmp_path)
+    spec = make_spec(str(tmp_path))
+    for kind in NATURAL[name]:
+        template = TEMPLATES.get(kind)()
+        ours = SampleTokenizer(spec, DataConfig.model_validate({"template": {"type": kind}}))
+        tokenizer = copy.deepcopy(tokenizer_for(str(tmp_path)))
+        add_tokens(tokenizer, held=1)
+        size = {"height": spec.image_size, "width": spec.image_size}
+        processor: Any = LlavaProcessor(
+            image_processor=CLIPImageProcessor(size=size, crop_size=size),
+            tokenizer=tokenizer,
+            patch_size=spec.image_size // 2,
+            vision_feature_select_strategy="full",
+            chat_template=jinja_template(template, tokenizer),
+        )
+        image_id = tokenizer.convert_tokens_to_ids("<image>")
+        for turns in (TURNS[:1], TURNS[:3], TURNS) if kind != "plain" else (TURNS[:1],):
+            open_ended = len(turns) % 2 == 1
+            wanted = ours.prompt(turns, ["a"]) if open_ended else ours.tokenize(Sample("0", "s", turns, ("a",)))
+            messages = [{"role": t.role, "content": t.text} for t in turns]
+            text = processor.apply_chat_template(messages, add_generation_prompt=open_ended)
+            ids = processor(text=text, images=[Image.new("RGB", (9, 9))]).input_ids[0]
+            assert list(ids) == np.where(wanted.is_image, image_id, wanted.input_ids).tolist(), kind
 
 
 @pytest.mark.parametrize("policy", ["pad", "crop", "squash"])

@@ -40,6 +40,7 @@ def jinja_template(template: Any, tokenizer: Any) -> str | None:
 
     Args:
         template: a template's configuration: its registered ``type``, ``system`` and ``default_system``.
+        tokenizer: holds ``<image>`` as a special token.
     """
     system = template.system if template.system is not None else getattr(template, "default_system", "")
     known = set(tokenizer.get_added_vocab())
@@ -48,7 +49,30 @@ def jinja_template(template: Any, tokenizer: Any) -> str | None:
     body = _body(template.type, _literal(end), _literal(tokenizer.bos_token if adds_bos else ""), known, tokenizer)
     if body is None:
         return None
-    return _CONTENT + _SYSTEM.replace("SYSTEM", _literal(system)) + body
+    whole = _CONTENT + _SYSTEM.replace("SYSTEM", _literal(system)) + body
+    lead = lead_after_image(tokenizer)
+    return _CONTENT + _LEAD.format(body=whole.removeprefix(_CONTENT), lead=_literal(lead)) if lead else whole
+
+
+_LEAD = (
+    "{{% set prompt %}}{body}{{% endset %}}{{% for part in prompt.split('<image>') %}}{{% if loop.first %}}{{{{ part }}}}"
+    "{{% else %}}{{{{ '<image>' + ({lead} + part if part else '') }}}}{{% endif %}}{{% endfor %}}"
+)
+
+
+def lead_after_image(tokenizer: Any) -> str:
+    """What must stand between ``<image>`` and the text after it for that text to tokenize as a text of its own.
+
+    LLaVA, and vlit, tokenize the text after an image by itself; a SentencePiece tokenizer then puts its space in front of
+    it. Inside one string it does so only under ``legacy: true``; otherwise a space has to be written (Vicuna 1.5).
+    """
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    alone = tokenizer("\nWhat", add_special_tokens=False)["input_ids"]
+    for lead in ("", " "):
+        ids = tokenizer(f"<image>{lead}\nWhat", add_special_tokens=False)["input_ids"]
+        if ids[ids.index(image) + 1 :] == alone:
+            return lead
+    return ""
 
 
 def _body(kind: str, end: str, bos: str, known: set[str], tokenizer: Any) -> str | None:

@@ -48,20 +48,19 @@ def export_hf(model: VisionLanguageModel, out: Path, *, template: Any = None, im
     Raises:
         ExportError: a part cannot be expressed there; the message names it and why. Or ``out`` is not empty.
     """
-    from transformers import AutoTokenizer
-
     out = Path(out)
     if reasons := why_not(model):
         raise ExportError("not expressible as LlavaForConditionalGeneration: " + " ".join(reasons))
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"{out}: not empty. Give a new folder.")
-    tokenizer = AutoTokenizer.from_pretrained(model.spec.tokenizer_path, trust_remote_code=model.spec.trust_remote_code)
+    tokenizer = _tokenizer(model)
+    rows = add_tokens(tokenizer, held=model.llm.head.weight.shape[0])
+    own = getattr(tokenizer, "chat_template", None) if getattr(template, "type", "tokenizer") == "tokenizer" else None
     chat = jinja_template(template, tokenizer) if template is not None else None
-    rows = _add_tokens(tokenizer, held=model.llm.head.weight.shape[0])
     tower = _whole_tower(model)
     config = _config(model, tower, tokenizer, rows)
     tensors = _tensors(model, tower, config)
-    processor = _processor(model, config, tokenizer, chat, image_policy)
+    processor = _processor(model, config, tokenizer, chat or own, image_policy)
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -111,7 +110,14 @@ def why_not(model: VisionLanguageModel) -> list[str]:
     return reasons
 
 
-def _add_tokens(tokenizer: Any, *, held: int) -> int:
+def _tokenizer(model: VisionLanguageModel) -> Any:
+    from transformers import AutoTokenizer
+
+    spec = model.spec
+    return AutoTokenizer.from_pretrained(spec.tokenizer_path, trust_remote_code=spec.trust_remote_code)
+
+
+def add_tokens(tokenizer: Any, *, held: int) -> int:
     """Give ``tokenizer`` an image token and, when it has none, a pad token; returns the rows the embeddings need."""
     from transformers import AddedToken
 
@@ -278,6 +284,6 @@ def _processor(model: VisionLanguageModel, config: Any, tokenizer: Any, chat: st
         patch_size=patch,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=spec.tokens_per_view + dropped - patches,
-        chat_template=chat or getattr(tokenizer, "chat_template", None),
+        chat_template=chat,
         image_token=IMAGE_TOKEN,
     )
