@@ -218,6 +218,25 @@ def build_wordlevel(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def build_unigram(folder: Path) -> None:
+    """SentencePiece's other model (T5's kind): special tokens are ordinary candidates of its search."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    sources = sorted(Path(__file__).parent.parent.glob("vlit/data/*.py"))
+    backend.train_from_iterator((path.read_text().replace("</s>", "").replace("<s>", "") for path in sources), trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "spm": build_spm,
     "spm_legacy": build_spm_legacy,
@@ -228,6 +247,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "chatml": build_chatml,
     "llama3": build_llama3,
     "wordlevel": build_wordlevel,
+    "unigram": build_unigram,
 }
 
 

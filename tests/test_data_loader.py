@@ -92,6 +92,14 @@ def test_resuming_at_a_step_continues_as_if_never_stopped(tmp_path: Path, spec_p
     assert content(make_loader(tmp_path, spec_path).step(3)) == straight[3]
 
 
+def test_a_loader_can_be_sent_to_a_fresh_process(tmp_path: Path, spec_path: str):
+    """Python 3.14 starts workers without forking."""
+    loader = make_loader(tmp_path, spec_path)
+    sent = pickle.dumps(loader._steps)
+    assert len(sent) < 10_000
+    assert content(pickle.loads(sent)[2].batch) == content(loader.step(2))
+
+
 def test_a_packed_row_holds_its_samples_and_pictures_in_order(tmp_path: Path, spec_path: str):
     loader = make_loader(tmp_path, spec_path)
     source = loader._mixture.sources[0]

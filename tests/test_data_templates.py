@@ -185,6 +185,17 @@ def test_a_word_level_vocabulary_never_yields_a_special_token_from_text(tokenize
     assert tokenizer.tokenizer.decode(ids[-5:]) == "yes <unk> <unk> no </s>"
 
 
+def test_a_unigram_model_never_yields_a_special_token_from_text(tokenizer_dir: Callable[[str], str]):
+    tokenizer = make("v1", tokenizer_dir("unigram"))
+    hf = tokenizer.tokenizer
+    alone = hf("is </s> it", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert 2 in alone, "the model does yield it when special tokens are merely not looked for"
+    tokenized = tokenizer.tokenize(sample_of([Turn("user", "is </s> <s> there?"), Turn("assistant", "it </s> is")]))
+    ids = tokenized.input_ids.tolist()
+    assert (ids.count(1), ids.count(2), ids[-1]) == (1, 1, 2)
+    assert hf.decode([int(label) for label in tokenized.labels if label != IGNORE_INDEX]).endswith("it </s> is</s>")
+
+
 def test_missing_special_tokens_are_written_as_text_and_listed(tokenizer_dir: Callable[[str], str]):
     assert make("chatml", tokenizer_dir("spm")).written_as_text() == ("<|im_start|>", "<|im_end|>")
     assert make("chatml", tokenizer_dir("chatml")).written_as_text() == ()

@@ -67,8 +67,7 @@ class TokenizedSample:
     """Token ids of one sample with labels aligned to the *next* token.
 
     ``labels[t]`` is the id that position t must predict, or -100. Image positions hold id 0 in ``input_ids`` and True in
-    ``is_image``; each image takes ``ModelSpec.tokens_per_view`` consecutive positions. ``pieces`` holds (piece index in
-    the rendered list, first token, end token) for previews.
+    ``is_image``; each image takes ``ModelSpec.tokens_per_view`` consecutive positions.
     """
 
     id: str

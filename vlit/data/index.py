@@ -93,17 +93,17 @@ class ArrowRows:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._table: Any = None
+        self._dataset: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_table": None}
+        return {"path": self.path, "_dataset": None}
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        if self._table is None:
+        if self._dataset is None:
             from datasets import Dataset
 
-            self._table = Dataset.from_file(self.path).data
-        return self._table.fast_slice(row, 1).to_pylist()[0]
+            self._dataset = Dataset.from_file(self.path)
+        return self._dataset[row]
 
 
 def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, stop: bool, progress: bool) -> IndexInfo:
