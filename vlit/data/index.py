@@ -9,7 +9,6 @@ killed build leaves nothing behind that could be taken for an index.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -266,6 +265,9 @@ def _write_atomically(path: Path, content: bytes) -> None:
 def _lock(path: Path) -> Iterator[None]:
     """Exclusive among the processes of this machine. Freed by the system when its holder dies."""
     with path.open("w") as file:
-        with contextlib.suppress(OSError):  # file systems without locks: the rename still keeps the result whole
+        # systems and file systems without locks: the rename still keeps the result whole
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

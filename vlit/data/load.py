@@ -126,7 +126,8 @@ class StepLoader:
             source = self._mixture.sources[number]
             num_bad = source.num_quarantined + len(self._bad[number])
             num_all = source.num_quarantined + len(source)
-            check_budget(source.name, num_bad, num_all, self._data.quarantine_budget, self._quarantine_path, new)
+            entries = [entry for entry in new if entry.source == source.name]
+            check_budget(source.name, num_bad, num_all, self._data.quarantine_budget, self._quarantine_path, entries)
         return fetched.batch
 
 
