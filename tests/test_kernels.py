@@ -54,9 +54,7 @@ def test_packed_attention_and_its_gradients_equal_one_dense_mask(
     lengths: list[int], grouped: bool, window: int | None, softcap: float | None
 ) -> None:
     q, k, v = random_qkv(lengths, 4, 2 if grouped else 4, 8, torch.float64)
-    out = packed_attention(
-        q, k, v, segments=make_segments(lengths), scale=0.3, sliding_window=window, softcap=softcap
-    )
+    out = packed_attention(q, k, v, segments=make_segments(lengths), scale=0.3, sliding_window=window, softcap=softcap)
     expected = attention_by_mask(q, k, v, lengths, 0.3, window, softcap)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)  # softmax is taken in fp32 on the soft-cap path
     weight = torch.randn_like(out)
@@ -96,7 +94,9 @@ def test_segments_refuse_an_empty_sample() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_chunked_cross_entropy_equals_pytorch(monkeypatch: pytest.MonkeyPatch, softcap: float | None, bias: bool) -> None:
+def test_chunked_cross_entropy_equals_pytorch(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, bias: bool
+) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 50)  # 7 positions a chunk: 23 positions = 4 chunks
     torch.manual_seed(0)
     hidden = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)

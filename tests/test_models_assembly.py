@@ -18,7 +18,9 @@ from vlit.models.generate import Prompt, generate_ids
 from vlit.models.tuning import apply_tuning, merge_lora, part_of_parameters, table_of_parts
 
 
-def assemble(tiny_dir: Path, llm: str = "llama_gqa", connector: str = "mlp", encoder: str = "clip") -> VisionLanguageModel:
+def assemble(
+    tiny_dir: Path, llm: str = "llama_gqa", connector: str = "mlp", encoder: str = "clip"
+) -> VisionLanguageModel:
     config = ModelConfig.model_validate(
         {
             "encoder": {"type": "hf", "path": str(build_encoder(encoder, tiny_dir / encoder))},
@@ -34,7 +36,12 @@ def examples(model: VisionLanguageModel) -> list[Example]:
     shapes = [(12, 1), (7, 0), (19, 2), (5, 0)]
     return [
         random_example(
-            tokens=tokens, images=images, tokens_per_view=NUM_PATCHES, image_size=IMAGE_SIZE, vocabulary=vocabulary, seed=i
+            tokens=tokens,
+            images=images,
+            tokens_per_view=NUM_PATCHES,
+            image_size=IMAGE_SIZE,
+            vocabulary=vocabulary,
+            seed=i,
         )
         for i, (tokens, images) in enumerate(shapes)
     ]
@@ -172,7 +179,9 @@ def test_batched_generation_equals_single_and_equals_argmax_of_the_packed_forwar
 
 def test_generation_stops_before_a_sequence_of_several_tokens(tiny_dir: Path) -> None:
     model = assemble(tiny_dir).eval()
-    prompt = Prompt(torch.tensor([5, 6, 7]), torch.zeros(3, dtype=torch.bool), torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE))
+    prompt = Prompt(
+        torch.tensor([5, 6, 7]), torch.zeros(3, dtype=torch.bool), torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE)
+    )
     free = generate_ids(model, [prompt], max_new_tokens=8, stop=[])[0]
     stopped = generate_ids(model, [prompt], max_new_tokens=8, stop=[free[3:5]])[0]
     first = next(i for i in range(7) if free[i : i + 2] == free[3:5])

@@ -39,7 +39,13 @@ def _eval(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace) -> None:
     from vlit.serve.chat import chat
 
-    chat(args.checkpoint, args.image, prompt=args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    chat(
+        args.checkpoint,
+        args.image,
+        prompt=args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+    )
 
 
 def _preview(args: argparse.Namespace) -> None:

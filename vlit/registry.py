@@ -87,4 +87,6 @@ def load_plugins(modules: list[str]) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(f'plugins: cannot import "{name}": {error}. Install it or put its folder on PYTHONPATH.') from error
+            raise ConfigError(
+                f'plugins: cannot import "{name}": {error}. Install it or put its folder on PYTHONPATH.'
+            ) from error

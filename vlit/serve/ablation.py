@@ -50,7 +50,9 @@ def variants(output_dir: Path, *, instruct_steps: int, equal_time_steps: int, sm
         Variant(
             "qformer",
             "Q-Former connector: 16 queries, 2 layers",
-            ("model.connector={type: qformer, num_queries: 16, width: 128, layers: 2, heads: 4, cross_attention_every: 1}",),
+            (
+                "model.connector={type: qformer, num_queries: 16, width: 128, layers: 2, heads: 4, cross_attention_every: 1}",
+            ),
         ),
     ]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlit.errors import ModelError
 from vlit.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from vlit.models.attention import register
-from vlit.models.hub import read_config
+from vlit.models.hub import read_config, set_recompute
 from vlit.models.interfaces import LanguageModel, LLMConfig
 from vlit.registry import LLMS
 
@@ -71,10 +71,7 @@ class HFLanguageModel(LanguageModel):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each block's activations in the backward pass (non-reentrant)."""
-        if enabled:
-            self.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        else:
-            self.hf.gradient_checkpointing_disable()  # type: ignore[operator]
+        set_recompute(self.hf, enabled)
 
 
 @LLMS.register("hf")
