@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from tests.tiny import IMAGE_SIZE, LLM_WIDTH, NUM_PATCHES, VISION_WIDTH, build_blip2
 from vlit.errors import ModelError
+from vlit.models.connectors.qformer import PREFIXES
 from vlit.models.interfaces import Connector
+from vlit.models.interop.weights import shards_of
 from vlit.registry import CONNECTORS, ENCODERS
 from vlit.types import VisionTokens
 
@@ -155,5 +157,26 @@ def test_a_blip2_folder_without_a_tensor_or_for_another_encoder_is_refused(tiny_
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"has no tensor qformer\.encoder\.layer\.1\.output_query\.dense\.weight"):
         config.build(in_width=VISION_WIDTH, out_width=LLM_WIDTH, tokens_in=16)
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match=r"model\.connector\.from_blip2: .* is neither a folder nor a hub model"):
         CONNECTORS.get("qformer")(from_blip2=str(tmp_path / "gone")).num_tokens(16)
+
+
+def test_only_the_shards_that_hold_the_qformer_are_needed(tiny_dir: Path, tmp_path: Path) -> None:
+    from transformers import Blip2ForConditionalGeneration
+
+    whole = build_blip2(tiny_dir / "blip2")
+    Blip2ForConditionalGeneration.from_pretrained(whole).save_pretrained(tmp_path, max_shard_size="60KB")
+    needed = set(shards_of(tmp_path / "model.safetensors.index.json", PREFIXES))
+    files = {p.name for p in tmp_path.glob("*.safetensors")}
+    assert 0 < len(needed) < len(files)
+    for name in files - needed:
+        (tmp_path / name).unlink()
+    ours = [
+        CONNECTORS.get("qformer")(from_blip2=str(p)).build(in_width=VISION_WIDTH, out_width=LLM_WIDTH, tokens_in=17)
+        for p in (whole, tmp_path)
+    ]
+    first, second = (connector.state_dict() for connector in ours)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (tmp_path / sorted(needed)[0]).unlink()
+    with pytest.raises(ModelError, match="which is not there"):
+        CONNECTORS.get("qformer")(from_blip2=str(tmp_path)).build(in_width=VISION_WIDTH, out_width=64, tokens_in=17)

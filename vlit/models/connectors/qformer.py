@@ -7,7 +7,6 @@ text half; ``from_blip2`` starts from published weights.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,11 +15,13 @@ from torch import Tensor, nn
 
 from vlit.errors import ConfigError, ModelError
 from vlit.models.interfaces import Connector, ConnectorConfig
-from vlit.models.interop.weights import WeightFiles
+from vlit.models.interop.weights import WeightFiles, fetch_folder
 from vlit.registry import CONNECTORS
 from vlit.types import VisionTokens
 
 DEFAULTS = {"num_queries": 32, "width": 768, "layers": 12, "heads": 12, "cross_attention_every": 2}
+PREFIXES = ("qformer.", "query_tokens", "language_projection.", "vision_model.post_layernorm.")
+"""What is read of a BLIP-2 checkpoint; of a sharded one only the shards that hold it are fetched."""
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -99,7 +100,7 @@ class QFormerConnectorConfig(ConnectorConfig):
     input_norm: bool = False
     """Layer norm over the vision tokens, for encoders without `final_norm`."""
     from_blip2: str | None = None
-    """BLIP-2 folder: loads `qformer.*`, `query_tokens` and, when the widths agree, `language_projection`."""
+    """BLIP-2 folder or model id: loads `qformer.*`, `query_tokens` and, when the widths agree, `language_projection`."""
     freeze_qformer: bool = False
     """Keep Q-Former and queries as loaded and train the projection alone (MiniGPT-4)."""
 
@@ -149,7 +150,7 @@ class QFormerConnectorConfig(ConnectorConfig):
 
 def blip2_sizes(folder: str) -> dict[str, int]:
     """Q-Former sizes of a BLIP-2 folder, from its config.json."""
-    file = Path(folder) / "config.json"
+    file = fetch_folder(folder, key="model.connector.from_blip2", prefixes=PREFIXES) / "config.json"
     if not file.is_file():
         raise ModelError(f'model.connector.from_blip2: "{folder}" holds no config.json. Give a BLIP-2 model folder.')
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -179,7 +180,8 @@ def load_blip2(connector: QFormerConnector, folder: str) -> None:
         ModelError: a tensor is missing or has another shape. Only the projection may be fresh, when the language
             models' widths differ.
     """
-    files = WeightFiles(folder)
+    held = fetch_folder(folder, key="model.connector.from_blip2", prefixes=PREFIXES)
+    files = WeightFiles(held, prefixes=PREFIXES)
     projection: Any = connector.language_projection
     if "language_projection.weight" not in files or (
         files.get("language_projection.weight").shape != projection.weight.shape

@@ -19,19 +19,20 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 class WeightFiles:
     """Tensors of a file or of a model folder by name; nothing is held in memory but what ``get`` returns.
 
-    A folder is read by its index, else by its one weights file. Pickles are memory-mapped ``weights_only``.
+    Only names that start with one of ``prefixes`` are seen, and only shards that hold such are needed. A folder is
+    read by its index, else by its one weights file. Pickles are memory-mapped ``weights_only``.
 
     Raises:
         ModelError: no weights there, an unreadable file, or an index that lists a missing shard.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, prefixes: tuple[str, ...] = ("",)) -> None:
         self.path = Path(path)
+        self.prefixes = prefixes
         self._file_of: dict[str, Path] = {}
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         for file in self._files():
-            for name in self._names(file):
-                self._file_of[name] = file
+            self._file_of |= {name: file for name in self._names(file) if name.startswith(prefixes)}
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -64,7 +65,7 @@ class WeightFiles:
         for name in _INDEXES:
             index = self.path / name
             if index.is_file():
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                shards = shards_of(index, self.prefixes)
                 for shard in shards:
                     if not (self.path / shard).is_file():
                         raise ModelError(f"{index}: lists {shard}, which is not there. The download is incomplete.")
@@ -110,3 +111,42 @@ def _is_zip(file: Path) -> bool:
     """Only torch's zip format (since 1.6) can be memory-mapped."""
     with file.open("rb") as opened:
         return opened.read(2) == b"PK"
+
+
+def shards_of(index: Path, prefixes: tuple[str, ...]) -> list[str]:
+    """Names of the shards that hold a tensor under one of ``prefixes``."""
+    names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted({shard for name, shard in names.items() if name.startswith(prefixes)})
+
+
+def fetch_folder(path: str, *, key: str, prefixes: tuple[str, ...]) -> Path:
+    """``path`` when it is a folder, else the local copy of that hub model: its config.json and the shards with
+    ``prefixes``.
+
+    Raises:
+        ModelError: neither a folder nor a model that can be fetched from here; names the configuration ``key``.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(hf_hub_download(path, "config.json")).parent
+        for name in (*_INDEXES, *_SINGLE[:2]):
+            try:
+                file = Path(hf_hub_download(path, name))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+            for shard in shards_of(file, prefixes) if name in _INDEXES else ():
+                hf_hub_download(path, shard)
+            return folder
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f'{key}: "{path}" is neither a folder nor a hub model that can be fetched from here. Check the name, or '
+            f"download it first. Cause: {reason}"
+        ) from error
+    raise ModelError(f'{key}: hub model "{path}" has no weights under a known name.')
