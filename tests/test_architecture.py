@@ -57,7 +57,9 @@ def test_imports_only_go_down_and_never_sideways() -> None:
             if there is None or there == here or there == "__version__":
                 continue
             if FLOORS[there] > FLOORS[here] or FLOORS[there] == FLOORS[here] != 0:
-                wrong.append(f"{path.relative_to(ROOT)} (floor {FLOORS[here]}) imports {module} (floor {FLOORS[there]})")
+                wrong.append(
+                    f"{path.relative_to(ROOT)} (floor {FLOORS[here]}) imports {module} (floor {FLOORS[there]})"
+                )
     assert wrong == []
 
 

@@ -101,6 +101,16 @@ def test_a_mistake_in_an_override_names_the_override(tmp_path: Path) -> None:
         load_config(path, ["stages.align.lr.peak=1"])
 
 
+def test_an_override_with_another_type_replaces_the_component(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", BASE.replace("connector: mlp", "connector: {type: mlp, depth: 3}"))
+    assert load_config(path, ["model.connector={type: linear}"]).model.connector.type == "linear"
+    assert load_config(path, ["model.connector={activation: silu}"]).model.connector.model_dump() == {
+        "type": "mlp",
+        "depth": 3,
+        "activation": "silu",
+    }
+
+
 def test_overrides_reach_lists_and_make_missing_mappings() -> None:
     data = {"stages": {"align": {"data": [{"path": "a"}, {"path": "b"}]}}}
     apply_override(data, "stages.align.data.1.path=c")

@@ -44,7 +44,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
         for piece, _ in write_text(rng, turns=8):
             bare = piece.replace("<s>", "").replace("</s>", "")
             tokens = tokenizer.convert_ids_to_tokens(tokenizer(bare, add_special_tokens=False).input_ids)
-            marks = re.findall(r"[A-Za-z][A-Za-z-]*|\d+|[.,?:+=]|(?<= )-|\n", bare)
+            marks = re.findall(r"[A-Za-z][A-Za-z0-9-]*|\d+|[.,?:+=]|(?<= )-|\n", bare)
             assert [token.strip("Ġ") or "Ġ" for token in tokens if token != "Ġ"] == [
                 m.replace("\n", "Ċ") for m in marks
             ]
@@ -167,7 +167,8 @@ def test_a_map_has_sixteen_words_and_each_thing_in_its_own_quadrant():
             if thing is None:
                 assert block == {"-"}
             else:
-                assert {thing.digit, thing.colour} <= block <= {thing.digit, thing.colour, name, "-"}
+                tag = f"{thing.colour}-{thing.digit}-{name}"
+                assert {tag} <= block <= {tag, "-"}
 
 
 def test_only_answers_and_their_end_take_loss(tokenizer):

@@ -36,7 +36,11 @@ def shrink(path: Path, tiny_dir: Path, output: Path) -> RunConfig:
         stage.get("validation", {}).pop("data", None)
         stage |= {"global_batch": 2, "max_steps": 2}
     raw["data"] = raw.get("data", {}) | {"cache_dir": str(tiny_dir / "cache"), "num_workers": 0, "check_samples": 4}
-    raw |= {"world": None, "output_dir": str(output), "runtime": {"device": "cpu", "precision": "fp32", "num_threads": 1}}
+    raw |= {
+        "world": None,
+        "output_dir": str(output),
+        "runtime": {"device": "cpu", "precision": "fp32", "num_threads": 1},
+    }
     return validate_config(raw, name=str(path))
 
 

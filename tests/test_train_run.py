@@ -227,6 +227,15 @@ def test_what_is_missing_is_named_before_any_training(
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_starting_from_a_model_folder_needs_the_same_parts(straight: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    start = f"model.init_from={straight / 'align' / 'model'}"
+    with pytest.raises(ModelError, match=r"model\.init_from .*its connector is .*'mlp'.*the configuration says .*'linear'"):
+        run_training(tiny_run(tiny_dir, tmp_path / "a", start, "model.connector=linear"))
+    run = tiny_run(tiny_dir, tmp_path / "b", start, "stages.align=null")
+    run_training(run)
+    assert losses_of(run) == [row for row in losses_of(tiny_run(tiny_dir, straight)) if row[0] == "instruct"]
+
+
 def test_bf16_keeps_fp32_masters_and_still_learns(tiny_dir: Path, tmp_path: Path) -> None:
     run = tiny_run(tiny_dir, tmp_path / "out", "runtime.precision=bf16", "stages.instruct.max_steps=3")
     run_training(run)

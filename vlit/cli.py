@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlit.errors import VlitError
+from vlit.registry import load_plugins
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -95,6 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, handler: Handler, summary: str, *, overrides: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(handler=handler)
+        sub.add_argument(
+            "--plugin", action="append", default=[], metavar="MODULE", help="import a module that registers components"
+        )
         if overrides:
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
         return sub
@@ -152,6 +156,7 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args([command, *words] if command else words)
     try:
+        load_plugins(args.plugin)
         args.handler(args)
     except VlitError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -80,8 +80,11 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         held = merged.get(key)
-        same_kind = isinstance(held, dict) and isinstance(value, dict)
-        if same_kind and not ("type" in value and "type" in held and value["type"] != held["type"]):
+        if (
+            isinstance(held, dict)
+            and isinstance(value, dict)
+            and value.get("type", held.get("type")) == held.get("type")
+        ):
             merged[key] = merge(held, value)
         else:
             merged[key] = value
@@ -112,10 +115,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         _item(node, keys[-1], override)
         node[int(keys[-1])] = value
-    elif isinstance(value, dict) and isinstance(node.get(keys[-1]), dict):
-        node[keys[-1]] = merge(node[keys[-1]], value)
     else:
-        node[keys[-1]] = value
+        node.update(merge(node, {keys[-1]: value}))
 
 
 def _item(node: list[Any], key: str, override: str) -> Any:

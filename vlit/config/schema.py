@@ -199,8 +199,6 @@ class RuntimeConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`bf16`: weights and activations in bfloat16 with fp32 master weights. `auto`: bf16 on a GPU, fp32 on a CPU."""
-    compile: bool = False
-    """torch.compile the language model's layers."""
     num_threads: PositiveInt | None = None
     """CPU threads of this process. Default: all cores divided by the processes on this machine."""
 

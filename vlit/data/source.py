@@ -156,7 +156,8 @@ def _probe_images(source: RecordSource, *, strict: bool) -> None:
             "Set images: of this data source to the folder that the records' image paths are relative to."
         )
     looked, missing = 0, []
-    for index in dict.fromkeys(np.linspace(0, len(source) - 1, num=4 * NUM_PROBED, dtype=np.int64).tolist()):
+    spread = list(dict.fromkeys(np.linspace(0, len(source) - 1, num=4 * NUM_PROBED, dtype=np.int64).tolist()))
+    for index in [row for offset in range(4) for row in spread[offset::4]]:  # first pass over the whole file
         for image in source.sample(index).images[:1]:
             looked += 1
             path = source.image_path(image)
@@ -190,7 +191,7 @@ def write_quarantine(path: Path, entries: list[QuarantineEntry], *, replace_sour
     first; those found while loading stay, because the steps that met them are not repeated when a run is resumed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    held = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
     kept = [row for row in held if row["source"] != replace_source or row["found"] != "reading"]
     known = {(row["source"], row["record"]) for row in kept}
     new = [asdict(entry) for entry in entries if (entry.source, entry.record) not in known]

@@ -20,18 +20,20 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlit.config.schema import ModelConfig, PartTuning
-from vlit.errors import CheckpointError
+from vlit.config.schema import DataConfig, ModelConfig, PartTuning
+from vlit.errors import CheckpointError, ModelError
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.hub import quiet_progress
 from vlit.models.tuning import LORA_MARK, add_lora, embedding_parameters, fingerprint, has_lora, part_of_parameters
+
+M = TypeVar("M", ModelConfig, DataConfig)
 
 FORMAT = "vlit-model"
 VERSION = 1
@@ -68,7 +70,7 @@ def save_model(
     config = model.config.model_dump(mode="json")
     if changed & {"llm", "embeddings"}:
         with quiet_progress():
-            model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(model.llm.hf))  # type: ignore[operator]
+            model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(model.llm.hf))
         config["llm"] = {**config["llm"], "path": "llm"}
     if "vision" in changed:
         _save(_without_lora(model.encoder), aside / "vision.safetensors")
@@ -146,20 +148,46 @@ def model_config(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
         raw["llm"]["path"] = str(folder / "llm")
     raw["llm"]["tokenizer"] = str(folder / "tokenizer")
     raw["init_from"] = None
+    return _validated(ModelConfig, raw, where=f"{folder}/manifest.json: model")
+
+
+def data_rules(folder: Path, manifest: dict[str, Any]) -> DataConfig:
+    """Template, image policy and length the model of a model folder was trained with."""
+    return _validated(DataConfig, manifest["data"], where=f"{folder}/manifest.json: data")
+
+
+def _validated(kind: type[M], raw: dict[str, Any], *, where: str) -> M:
     try:
-        return ModelConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise CheckpointError(f"{folder}/manifest.json: model.{where}: {first['msg']}") from error
+        place = ".".join(str(p) for p in first["loc"])
+        raise CheckpointError(
+            f"{where}.{place}{first['msg']} A component of a plugin needs --plugin MODULE (plugins: in a configuration)."
+        ) from error
+
+
+def check_same_parts(wanted: ModelConfig, held: ModelConfig, *, source: Path) -> None:
+    """ModelError when a run starts from a model folder whose parts are of another kind than its configuration says."""
+    places = ("path", "tokenizer", "checkpoint", "pretrained", "from_blip2", "revision")
+    for part in ("encoder", "connector", "llm", "fusion"):
+        ours, theirs = (
+            {k: v for k, v in getattr(config, part).model_dump(mode="json").items() if k not in places}
+            for config in (wanted, held)
+        )
+        if ours != theirs:
+            raise ModelError(
+                f"model.init_from {source}: its {part} is {theirs}, the configuration says {ours}. Write the same "
+                f"model.{part}, or start from other weights."
+            )
 
 
 def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Local base folders as absolute paths, so that the model loads from any working directory."""
-    for part in ("encoder", "llm"):
-        for key in ("path", "checkpoint", "pretrained"):
+    for part in ("encoder", "connector", "llm"):
+        for key in ("path", "checkpoint", "pretrained", "from_blip2"):
             value = config[part].get(key)
-            if isinstance(value, str) and value != "llm" and Path(value).exists():
+            if isinstance(value, str) and (part, value) != ("llm", "llm") and Path(value).exists():
                 config[part][key] = str(Path(value).resolve())
     return config
 

@@ -21,14 +21,14 @@ from vlit.types import ModelSpec, PackedBatch, VisionTokens
 
 def model_spec(config: ModelConfig) -> ModelSpec:
     """What the data floor needs to know, from configurations alone; checks that the parts fit each other."""
-    encoder = config.encoder.spec()  # type: ignore[attr-defined]
-    config.llm.width()  # type: ignore[attr-defined]  # a missing language model is an error now, not after the data is read
+    encoder = config.encoder.spec()
+    config.llm.width()  # a missing language model is an error now, not after the data is read
     return ModelSpec(
-        tokenizer_path=config.llm.tokenizer_path(),  # type: ignore[attr-defined]
+        tokenizer_path=config.llm.tokenizer_path(),
         image_size=encoder.image_size,
         image_mean=encoder.image_mean,
         image_std=encoder.image_std,
-        tokens_per_view=config.connector.num_tokens(encoder.tokens_per_view),  # type: ignore[attr-defined]
+        tokens_per_view=config.connector.num_tokens(encoder.tokens_per_view),
         resample=encoder.resample,
         trust_remote_code=getattr(config.llm, "trust_remote_code", False),
     )
@@ -68,13 +68,15 @@ class VisionLanguageModel(nn.Module):
         self.config, self.spec = config, spec
         self.encoder, self.connector, self.fusion, self.llm = encoder, connector, fusion, llm
         self._recompute = False
+        self.image_mean: Tensor
+        self.image_std: Tensor
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.image_mean, spec.image_std))
         self.register_buffer("image_mean", mean, persistent=False)
         self.register_buffer("image_std", std, persistent=False)
 
     @property
     def device(self) -> torch.device:
-        return self.image_mean.device  # type: ignore[return-value, union-attr]
+        return self.image_mean.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +89,7 @@ class VisionLanguageModel(nn.Module):
         tuned = any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
             features = self.encoder(pixels.to(self.dtype))
-        return self.connector(features)  # type: ignore[no-any-return]
+        return self.connector(features)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states ``[T, D]`` of a packed row; samples do not see each other."""

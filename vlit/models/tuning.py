@@ -6,6 +6,7 @@ A parameter that belongs to no part, or a mode that trains nothing, stops the ru
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,15 +129,16 @@ def merge_lora(model: VisionLanguageModel) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.utils import _get_submodules
 
-    for root in (model.encoder, model.llm.hf):
+    roots: tuple[nn.Module, ...] = (model.encoder, model.llm.hf)
+    for root in roots:
         for name, module in list(root.named_modules()):
             if isinstance(module, LoraLayer):
-                module.merge(safe_merge=True)  # type: ignore[operator]
+                module.merge(safe_merge=True)
                 parent, _, child = _get_submodules(root, name)
                 setattr(parent, child, module.get_base_layer())
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes and up to 4096 evenly spaced values of each tensor, rounded to bf16.
 
     Cheap enough for 7B weights, independent of the dtype they were loaded in, and different for any other checkpoint.

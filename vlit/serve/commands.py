@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from vlit.config.load import apply_override, load_config
 from vlit.errors import ConfigError
-from vlit.registry import BENCHMARKS, load_plugins
+from vlit.registry import BENCHMARKS
 
 
 def train(config_path: str, overrides: Sequence[str], *, stage: str | None = None) -> None:
@@ -45,8 +45,8 @@ def _build_world(run: Any, ranks: Any = None) -> None:
 def load_answerer(checkpoint: Path, *, max_new_tokens: int) -> tuple[Any, dict[str, Any]]:
     """An :class:`~vlit.answer.Answerer` on this machine's best device, and the model's manifest."""
     from vlit.answer import Answerer
-    from vlit.config.schema import DataConfig, RuntimeConfig
-    from vlit.models.artifact import load_model
+    from vlit.config.schema import RuntimeConfig
+    from vlit.models.artifact import data_rules, load_model
     from vlit.train.distributed import compute_dtype, start_ranks
     from vlit.train.run import model_folder
 
@@ -55,7 +55,7 @@ def load_answerer(checkpoint: Path, *, max_new_tokens: int) -> tuple[Any, dict[s
     folder = model_folder(checkpoint)
     model, manifest = load_model(folder, dtype=compute_dtype(runtime, ranks.device))
     model.to(ranks.device).eval()
-    data = DataConfig.model_validate(manifest["data"])
+    data = data_rules(folder, manifest)
     return Answerer(model, data, max_new_tokens=max_new_tokens), manifest | {"folder": str(folder)}
 
 
@@ -81,7 +81,6 @@ def evaluate_checkpoint(
     raw: dict[str, Any] = {"type": benchmark}
     for override in overrides:
         apply_override(raw, override)
-    load_plugins(list(raw.pop("plugins", [])))
     try:
         config = BENCHMARKS.get(benchmark).model_validate(raw)
     except ValidationError as error:
@@ -101,7 +100,7 @@ def evaluate_checkpoint(
 
     def answer(questions: list[Any]) -> list[str]:
         requests = [ask(q.turn_text(), q.images) for q in questions]
-        return answerer.answers(requests, batch_size=batch_size)  # type: ignore[no-any-return]
+        return answerer.answers(requests, batch_size=batch_size)
 
     def advance(row: str, answered: int, total: int) -> None:
         bar.set_description(f"{built.name} {row}")
@@ -151,8 +150,7 @@ def export(checkpoint: Path, to: str, out: Path, *, dtype: str = "fp32") -> None
     """Write a Hugging Face checkpoint of a trained model."""
     import torch
 
-    from vlit.config.schema import DataConfig
-    from vlit.models.artifact import load_model
+    from vlit.models.artifact import data_rules, load_model
     from vlit.models.interop.export_hf import export_hf
     from vlit.models.tuning import merge_lora
     from vlit.train.run import model_folder
@@ -160,7 +158,7 @@ def export(checkpoint: Path, to: str, out: Path, *, dtype: str = "fp32") -> None
     folder = model_folder(checkpoint)
     model, manifest = load_model(folder, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
     merge_lora(model)
-    data = DataConfig.model_validate(manifest["data"])
+    data = data_rules(folder, manifest)
     export_hf(model, out, template=data.template, image_policy=data.image_policy)
     print(f"exported  {out}  (load with transformers.LlavaForConditionalGeneration.from_pretrained)", file=sys.stderr)
 

@@ -19,7 +19,7 @@ from vlit.config.schema import PartTuning, RunConfig
 from vlit.data.check import check_supervision
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import CheckpointError, TrainingError
-from vlit.models.artifact import load_model, read_manifest, save_model
+from vlit.models.artifact import check_same_parts, load_model, model_config, read_manifest, save_model
 from vlit.models.assemble import VisionLanguageModel, build_model, model_spec
 from vlit.models.interop import initialise
 from vlit.models.tuning import apply_tuning, has_lora, merge_lora, rows_as_dicts, table_of_parts
@@ -112,7 +112,9 @@ def _load(run: RunConfig, previous: Path | None, dtype: torch.dtype, ranks: Rank
         lora = {part: PartTuning.model_validate(raw) for part, raw in manifest["lora"].items()}
         tuned = Tuned(model, set(manifest["changed"]), lora)
     elif run.model.init_from is not None and (Path(run.model.init_from) / "manifest.json").is_file():
-        model, manifest = load_model(Path(run.model.init_from), dtype=dtype, seed=run.seed)
+        source = Path(run.model.init_from)
+        check_same_parts(run.model, model_config(source, read_manifest(source)), source=source)
+        model, manifest = load_model(source, dtype=dtype, seed=run.seed)
         lora = {part: PartTuning.model_validate(raw) for part, raw in manifest["lora"].items()}
         tuned = Tuned(model, set(manifest["changed"]), lora)
     else:

@@ -122,7 +122,7 @@ def train_stage(
         world_size=ranks.world_size,
         start_step=position.step,
         total_steps=stage.total_steps,
-        quarantine_path=stage.folder / "quarantine.jsonl" if ranks.is_main else None,
+        quarantine_path=stage.folder / "quarantine.jsonl",
     )
     started, saved_at, state_root = time.perf_counter(), time.monotonic(), stage.folder / "state"
     with _stop_requests() as stop:
@@ -151,7 +151,7 @@ def train_stage(
             )
             last = position.step == stage.total_steps
             if ranks.is_main:
-                row = _row(stage, result, weights, factor, position, seconds, waited, peak, batch)
+                row = _row(stage, result, weights, factor, position, seconds, waited, peak, ranks.world_size, batch)
                 metrics.append(row)
                 for tracker in trackers:
                     tracker.log(row)
@@ -213,6 +213,7 @@ def _row(
     seconds: float,
     waited: float,
     peak: float,
+    world_size: int,
     batch: StepBatch,
 ) -> dict[str, Any]:
     capacity = max(1, len(batch.micro_batches)) * stage.config.micro_batch_tokens
@@ -231,7 +232,7 @@ def _row(
         "seconds": seconds,
         "data_wait_share": waited / max(seconds, 1e-9),
         "tokens_per_second": result.tokens / max(seconds, 1e-9),
-        "peak_fraction": result.flops / max(seconds, 1e-9) / peak,
+        "peak_fraction": result.flops / max(seconds, 1e-9) / (peak * world_size),
         "fill": sum(row.num_tokens for row in batch.micro_batches) / capacity,
         "dropped_turns": batch.dropped_turns,
         "cut_tokens": batch.cut_tokens,

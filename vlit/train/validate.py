@@ -15,6 +15,7 @@ from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
 from vlit.data.source import RecordSource
 from vlit.data.tokenize import SampleTokenizer
+from vlit.errors import DataError
 from vlit.models.assemble import VisionLanguageModel
 from vlit.types import PackedBatch, Sample
 
@@ -38,7 +39,14 @@ class Validator:
             source = sources[k % len(sources)]
             if k // len(sources) < len(source):
                 picked.append((source.sample(k // len(sources)), source))
-        tokenised = [tokenizer.tokenize(sample) for sample, _ in picked]
+        tokenised = []
+        for sample, source in picked:
+            try:
+                tokenised.append(tokenizer.tokenize(sample))
+            except DataError as error:
+                raise DataError(
+                    f'validation data {source.name} (id "{sample.id}"): {error} Fix or remove it.'
+                ) from error
         (rows,) = pack([len(t) for t in tokenised], micro_batch_tokens, world_size=1)
         self.batches: list[PackedBatch] = []
         for members in rows:

@@ -23,6 +23,8 @@ from vlit.registry import LLMS
 class HFLanguageModel(LanguageModel):
     """A transformers causal LM seen as ``embed -> hidden_states -> loss``."""
 
+    hf: Any
+
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
@@ -36,7 +38,7 @@ class HFLanguageModel(LanguageModel):
     @property
     def head(self) -> nn.Linear:
         """Output embeddings ``[V, D]`` (tied or not)."""
-        return self.hf.get_output_embeddings()  # type: ignore[no-any-return, operator]
+        return self.hf.get_output_embeddings()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -47,15 +49,15 @@ class HFLanguageModel(LanguageModel):
     @property
     def trunk(self) -> nn.Module:
         """The decoder without its head."""
-        return self.hf.get_decoder()  # type: ignore[no-any-return, operator]
+        return self.hf.get_decoder()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """ids ``[...]`` -> embeddings ``[..., D]``."""
-        return self.hf.get_input_embeddings()(input_ids)  # type: ignore[no-any-return, operator]
+        return self.hf.get_input_embeddings()(input_ids)
 
     def hidden_states(self, embeds_BTD: Tensor, **kwargs: Any) -> Tensor:
         """Trunk output after the final norm, ``[B, T, D]``; keyword arguments go to every layer."""
-        return self.trunk(inputs_embeds=embeds_BTD, **kwargs).last_hidden_state  # type: ignore[no-any-return]
+        return self.trunk(inputs_embeds=embeds_BTD, **kwargs).last_hidden_state
 
     def loss(self, hidden_LD: Tensor, targets_L: Tensor) -> CrossEntropy:
         """Cross-entropy at L positions, fp32."""
@@ -104,7 +106,7 @@ class HFLanguageModelConfig(LLMConfig):
 
         self._config()
         try:
-            hf, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=dtype,
                 attn_implementation=register(),
@@ -114,6 +116,7 @@ class HFLanguageModelConfig(LLMConfig):
             )
         except (OSError, ValueError) as error:
             raise ModelError(f'model.llm.path "{self.path}": {" ".join(str(error).split())[:400]}') from error
+        hf, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise ModelError(
