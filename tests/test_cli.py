@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,39 @@ def test_two_ranks_learn_what_one_rank_learns(tiny_dir: Path, tmp_path: Path) ->
     for (one, labels_one), (two, labels_two) in zip(*losses, strict=True):
         assert labels_one == labels_two
         assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows_before_kill", [3, 9])
+def test_killed_and_started_again_ends_with_the_same_model(
+    rows_before_kill: int, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """kill -9 of all processes in the middle of stage 1 or 2, then the same command again."""
+    models = []
+    for name in ("straight", "killed"):
+        run = tiny_run(tiny_dir, tmp_path / name)
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        words = ("scripts/train.py", "--config", str(config))
+        if name == "killed":
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            process = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+            metrics = tmp_path / name / "metrics.jsonl"
+            while process.poll() is None and (
+                not metrics.is_file() or metrics.read_text().count("\n") < rows_before_kill
+            ):
+                time.sleep(0.005)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert not (tmp_path / name / "instruct" / "done.json").exists()
+        command(*words)
+        model = tmp_path / name / "instruct" / "model"
+        models.append({str(p.relative_to(model)): p.read_bytes() for p in sorted(model.rglob("*.safetensors"))})
+        steps = [json.loads(row)["step"] for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [*range(1, 7), *range(1, 7)]
+    assert len(models[0]) >= 2
+    assert models[0] == models[1]
 
 
 def test_eval_answers_a_question_file_and_resumes(trained: tuple[Path, Path], tiny_dir: Path, tmp_path: Path) -> None:
