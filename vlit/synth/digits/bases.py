@@ -22,7 +22,7 @@ from typing import Any
 from vlit.errors import ModelError
 
 PARTS = ("clip", "llama")
-STEPS = {"clip": 2000, "llama": 1500}
+STEPS = {"clip": 2000, "llama": 2500}
 QUICK_STEPS = 2
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 REBUILD = "python -m vlit.synth.digits.bases --out"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,9 +20,11 @@ from vlit.synth.digits.questions import KINDS, Thing, Turn, ask_caption
 TURNS_PER_RECORD = 8
 CAPTION_SHARE = 0.25
 """Share of instruction records that also ask for a caption, so that the second stage does not forget the first."""
-TURN_WEIGHTS = {kind: 2 if kind in ("yes_no", "choice") else 1 for kind in KINDS}
-"""How often a kind is drawn. Judgements and letters carry one informative token a turn, hence twice as often."""
-BALANCED_ANSWERS = {"yes_no": ("Yes", "No"), "choice": ("A", "B", "C", "D")}
+TURN_WEIGHTS = {
+    kind: 2 if kind in ("yes_no", "choice", "short", "digit_of_color", "place_of_color") else 1 for kind in KINDS
+}
+"""How often a kind is drawn: twice for those that need a value found by its colour, or a conclusion."""
+BALANCED_ENDINGS = {"yes_no": ("so yes.", "so no."), "choice": ("so A.", "so B.", "so C.", "so D.")}
 ALIGN_QUESTIONS = (
     "Write a caption for the picture.",
     "Give the picture a caption.",
@@ -74,11 +76,18 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     return dict(captions)
 
 
-def converse(things: Sequence[Thing], rng: Random, *, turns: int = TURNS_PER_RECORD) -> list[Turn]:
-    """Draw up to ``turns`` different questions of all kinds; a question is never asked twice."""
-    kinds, weights = list(TURN_WEIGHTS), list(TURN_WEIGHTS.values())
+def converse(
+    things: Sequence[Thing],
+    rng: Random,
+    *,
+    turns: int = TURNS_PER_RECORD,
+    turn_weights: Mapping[str, float] = TURN_WEIGHTS,
+    caption_share: float = CAPTION_SHARE,
+) -> list[Turn]:
+    """Draw up to ``turns`` different questions, kinds by ``turn_weights``; a question is never asked twice."""
+    kinds, weights = list(turn_weights), list(turn_weights.values())
     picked: dict[str, Turn] = {}
-    if rng.random() < CAPTION_SHARE:
+    if rng.random() < caption_share:
         turn = ask_caption(things, rng)
         picked[turn.question] = turn
     for kind in rng.choices(kinds, weights, k=3 * turns):
@@ -98,14 +107,14 @@ def hold_out(pictures: dict[str, tuple[Thing, ...]], *, per_kind: int, rng: Rand
     for kind, ask in KINDS.items():
         order = sorted(pictures)
         rng.shuffle(order)
-        wanted = BALANCED_ANSWERS.get(kind)
+        wanted = BALANCED_ENDINGS.get(kind)
         made = 0
         for attempt in range(100 * per_kind):
             if made == per_kind:
                 break
             image = order[attempt % len(order)]
             turn = ask(pictures[image], rng)
-            if turn is None or (wanted is not None and turn.answer != wanted[made % len(wanted)]):
+            if turn is None or (wanted is not None and not turn.answer.endswith(wanted[made % len(wanted)])):
                 continue
             row = {"question_id": f"{kind}-{made:04d}", "image": image, "question": turn.question}
             row |= {"answer": turn.answer, "kind": kind}

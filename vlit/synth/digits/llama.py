@@ -8,7 +8,8 @@ Shape letters: B texts, T tokens, M supervised positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,15 +19,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlit.synth.digits.fitting import fit, fp32_attention
-from vlit.synth.digits.passages import STYLES, chat_pieces, random_things, write_passage, write_text
+from vlit.synth.digits.passages import (
+    STYLES,
+    chat_pieces,
+    random_things,
+    retold_pieces,
+    write_conclusions,
+    write_passage,
+    write_text,
+)
 from vlit.synth.digits.questions import KINDS
 from vlit.synth.digits.tokenizer import LLAMA_SPECIALS, save_tokenizer
 
+Text = list[tuple[str, bool]]
+Writer = Callable[[Random], Text]
+
 WIDTH, LAYERS, HEADS, MLP_WIDTH = 128, 4, 4, 384
 MAX_TOKENS = 1024
-ROPE_THETA = 1000.0
-BATCH, TURNS = 64, 6
-LEARNING_RATE = 5e-3
+ROPE_THETA = 10_000.0
+BATCH, TURNS = 32, 8
+RETELLING_SHARE = 0.3
+"""Share of the first course on retelling alone: retrieval from the passage forms early where most tokens need it."""
+LEARNING_RATE = 6e-3
+CONCLUSION_STEPS_SHARE, CONCLUSION_RATE = 0.36, 4e-3
+"""The second course, with a schedule of its own: chats about tagged scenes in which conclusions are asked for most."""
 BATCHES_SORTED = 4
 """Batches drawn together and cut by length, so that little is spent on padding."""
 
@@ -80,10 +96,26 @@ def pad_batch(rows: list[tuple[list[int], list[float]]], *, pad_id: int) -> tupl
     return tokens_BT, weights_BT
 
 
-def batches(tokenizer: Any, *, rng: Random) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of fresh random texts."""
-    while True:
-        rows = encode_texts([write_text(rng, turns=TURNS) for _ in range(BATCH * BATCHES_SORTED)], tokenizer)
+def retelling(rng: Random) -> Text:
+    return retold_pieces(random_things(rng), rng)
+
+
+def everything(rng: Random) -> Text:
+    return write_text(rng, turns=TURNS)
+
+
+def conclusions(rng: Random) -> Text:
+    return write_conclusions(rng, turns=TURNS)
+
+
+def batches(tokenizer: Any, *, rng: Random, phases: Sequence[tuple[int, Writer]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of fresh random texts: for each phase its number of steps, by its writer; the last one goes on."""
+    writers = itertools.chain.from_iterable(itertools.repeat(write, steps) for steps, write in phases)
+    for step in itertools.count():
+        write = next(writers, phases[-1][1])
+        if step % BATCHES_SORTED:
+            continue
+        rows = encode_texts([write(rng) for _ in range(BATCH * BATCHES_SORTED)], tokenizer)
         rows.sort(key=lambda row: len(row[0]))
         parts = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
         rng.shuffle(parts)
@@ -109,16 +141,24 @@ def pretrain_llama(
     tokenizer = save_tokenizer(folder, specials=LLAMA_SPECIALS, max_tokens=MAX_TOKENS)
     model = build_llama(tokenizer)
     fp32_attention(model)
-    stream = batches(tokenizer, rng=Random(f"llama:{seed}"))
-    seconds = fit(
-        model,
-        lambda step: answer_loss(model, *next(stream)),
-        steps=steps,
-        lr=LEARNING_RATE,
-        label="LLaMA",
-        log=log,
-        progress=progress,
-    )
+    last = round(CONCLUSION_STEPS_SHARE * steps)
+    first = steps - last
+    told = round(RETELLING_SHARE * first)
+    courses = [
+        (
+            first,
+            LEARNING_RATE,
+            batches(tokenizer, rng=Random(f"llama:{seed}"), phases=[(told, retelling), (0, everything)]),
+        ),
+        (last, CONCLUSION_RATE, batches(tokenizer, rng=Random(f"llama:{seed}:last"), phases=[(0, conclusions)])),
+    ]
+    seconds = 0.0
+    for count, rate, stream in courses:
+
+        def loss(step: int, stream: Iterator[tuple[Tensor, Tensor]] = stream) -> Tensor:
+            return answer_loss(model, *next(stream))
+
+        seconds += fit(model, loss, steps=count, lr=rate, label="LLaMA", log=log, progress=progress)
     model.save_pretrained(folder)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

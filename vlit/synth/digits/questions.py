@@ -4,6 +4,9 @@ A kind is one function ``(things, rng) -> Turn | None`` (None: the scene does no
 comparison with one digit). The same functions serve the visual instructions (things read from COCO files) and the
 text-only pretraining of the language model (things drawn at random and described in words).
 
+Answers restate what was asked for right before the value ("The red digit is 7."), and conclusions follow the facts they rest on
+("..., so no."): a small model finds a value next to its key far more easily than a bare word several tokens after the question.
+
 Answers are balanced so that a model that cannot see gains nothing: yes and no are equally likely within every form of
 a judgement, the right letter of a multiple choice is uniform, digits and colours are uniform.
 """
@@ -21,7 +24,7 @@ LETTERS = "ABCD"
 DIGITS = tuple(str(digit) for digit in range(10))
 COUNTS = ("1", "2", "3", "4")
 ONE_WORD = "Answer with one word."
-ONE_LETTER = "Answer with the letter of the right option."
+REASON_AND_LETTER = "Say what you see and give the letter of the right option."
 FULL_SENTENCE = "Answer with a full sentence."
 
 
@@ -82,12 +85,12 @@ def _article(digit: str) -> str:
 
 def ask_digit(things: Things, rng: Random) -> Turn:
     thing = rng.choice(things)
-    return Turn("digit", _digit_question(thing, rng), f"It is {thing.digit}.")
+    return Turn("digit", _digit_question(thing, rng), f"The digit at the {thing.position} is {thing.digit}.")
 
 
 def ask_colour(things: Things, rng: Random) -> Turn:
     thing = rng.choice(things)
-    return Turn("color", _colour_question(thing, rng), f"It is {thing.colour}.")
+    return Turn("color", _colour_question(thing, rng), f"The digit at the {thing.position} is {thing.colour}.")
 
 
 def ask_count(things: Things, rng: Random) -> Turn:
@@ -96,12 +99,14 @@ def ask_count(things: Things, rng: Random) -> Turn:
 
 def ask_digit_of_colour(things: Things, rng: Random) -> Turn:
     thing = rng.choice(things)
-    return Turn("digit_of_color", _keyed_digit_question(thing, rng), f"It is the {thing.digit}.")
+    return Turn("digit_of_color", _keyed_digit_question(thing, rng), f"The {thing.colour} digit is {thing.digit}.")
 
 
 def ask_place_of_colour(things: Things, rng: Random) -> Turn:
     thing = rng.choice(things)
-    return Turn("place_of_color", _keyed_place_question(thing, rng), f"It is at the {thing.position}.")
+    return Turn(
+        "place_of_color", _keyed_place_question(thing, rng), f"The {thing.colour} digit is at the {thing.position}."
+    )
 
 
 def ask_description(things: Things, rng: Random) -> Turn:
@@ -125,12 +130,11 @@ def ask_compare(things: Things, rng: Random) -> Turn | None:
         return None
     word = rng.choice(("larger", "smaller"))
     key = rng.choice(("colour", "position"))
-    names = [f"the {t.colour} one" if key == "colour" else f"the one at the {t.position}" for t in pair]
-    question = f"Which digit is {word}, {names[0]} or {names[1]}?"
-    low, high = sorted(pair, key=lambda t: t.digit)
-    first, second = (high, low) if word == "larger" else (low, high)
-    answer = f"The {first.colour} {first.digit} is {word} than the {second.colour} {second.digit}."
-    return Turn("compare", question, answer)
+    names = [f"the {t.colour} digit" if key == "colour" else f"the digit at the {t.position}" for t in pair]
+    question = f"Which is {word}, {names[0]} or {names[1]}?"
+    best = (max if word == "larger" else min)((0, 1), key=lambda n: pair[n].digit)
+    facts = " and ".join(f"{name} is {t.digit}" for name, t in zip(names, pair, strict=True))
+    return Turn("compare", question, f"{facts[0].upper()}{facts[1:]}, so {names[best]}.")
 
 
 def ask_extreme(things: Things, rng: Random) -> Turn | None:
@@ -139,8 +143,8 @@ def ask_extreme(things: Things, rng: Random) -> Turn | None:
     if len(things) < 2 or sum(t.digit == best.digit for t in things) > 1:
         return None
     forms = ("Which digit is the {}?", "Which of the digits is the {}?", "Find the digit that is the {}.")
-    answer = f"The {word} is the {best.colour} {best.digit} at the {best.position}."
-    return Turn("extreme", rng.choice(forms).format(word), answer)
+    listed = ", ".join(t.digit for t in things[:-1]) + f" and {things[-1].digit}"
+    return Turn("extreme", rng.choice(forms).format(word), f"The digits are {listed}, so the {word} is {best.digit}.")
 
 
 def ask_sum(things: Things, rng: Random) -> Turn | None:
@@ -163,58 +167,79 @@ def ask_yes_no(things: Things, rng: Random) -> Turn:
 
     digits, colours, places = ([getattr(t, name) for t in things] for name in ("digit", "colour", "position"))
     form = rng.randrange(8 if len(things) < len(POSITIONS) else 7)
+    a_or_no = "a" if truth else "no"
     if form == 0:
         question = f"Is the digit at the {thing.position} {_article(stated(thing.digit, DIGITS, digits))}?"
+        fact = f"The digit at the {thing.position} is {thing.digit}"
     elif form == 1:
         question = f"Is the {thing.colour} digit {_article(stated(thing.digit, DIGITS, digits))}?"
+        fact = f"The {thing.colour} digit is {thing.digit}"
     elif form == 2:
         question = f"Is the digit at the {thing.position} {stated(thing.colour, COLOUR_NAMES, colours)}?"
+        fact = f"The digit at the {thing.position} is {thing.colour}"
     elif form == 3:
         question = f"Is the {thing.colour} digit at the {stated(thing.position, POSITIONS, places)}?"
+        fact = f"The {thing.colour} digit is at the {thing.position}"
     elif form == 4:
-        absent = [colour for colour in COLOUR_NAMES if colour not in colours]
-        question = f"Is there a digit that is {stated(thing.colour, absent, ())}?"
+        colour = stated(thing.colour, [colour for colour in COLOUR_NAMES if colour not in colours], ())
+        question, fact = f"Is there a digit that is {colour}?", f"There is {a_or_no} {colour} digit"
     elif form == 5:
-        absent = [digit for digit in DIGITS if digit not in digits]
-        question = f"Do you see {_article(stated(thing.digit, absent, ()))}?"
+        digit = stated(thing.digit, [digit for digit in DIGITS if digit not in digits], ())
+        question, fact = f"Do you see {_article(digit)}?", f"There is {_article(digit) if truth else f'no {digit}'}"
     elif form == 6:
-        question = f"Is the number of digits {stated(str(len(things)), COUNTS, ())}?"
+        question, fact = f"Is the number of digits {stated(str(len(things)), COUNTS, ())}?", _number_of(things)[:-1]
     else:
-        absent = [place for place in POSITIONS if place not in places]
-        question = f"Is there a digit at the {stated(thing.position, absent, ())}?"
-    return Turn("yes_no", question, "Yes" if truth else "No")
+        place = stated(thing.position, [place for place in POSITIONS if place not in places], ())
+        question, fact = f"Is there a digit at the {place}?", f"There is {a_or_no} digit at the {place}"
+    return Turn("yes_no", question, f"{fact}, so {'yes' if truth else 'no'}.")
 
 
-def _short(things: Things, rng: Random) -> tuple[str, str, Sequence[str], Sequence[str]]:
-    """A question, its one-word answer, all possible answers, and the ones that stand elsewhere in the scene."""
+@dataclass(frozen=True)
+class _Lookup:
+    """A question about one value: the value, all possible values, those that stand elsewhere, the answer in full."""
+
+    question: str
+    value: str
+    pool: Sequence[str]
+    near: Sequence[str]
+    fact: str
+
+
+def _lookup(things: Things, rng: Random) -> _Lookup:
     thing = rng.choice(things)
+    digits, colours = [t.digit for t in things], [t.colour for t in things]
+    at, of = f"The digit at the {thing.position} is", f"The {thing.colour} digit is"
     form = rng.randrange(5)
-    if form in (0, 1):
-        ask = _digit_question if form == 0 else _keyed_digit_question
-        return ask(thing, rng), thing.digit, DIGITS, [t.digit for t in things]
+    if form == 0:
+        return _Lookup(_digit_question(thing, rng), thing.digit, DIGITS, digits, f"{at} {thing.digit}")
+    if form == 1:
+        return _Lookup(_keyed_digit_question(thing, rng), thing.digit, DIGITS, digits, f"{of} {thing.digit}")
     if form == 2:
-        return _colour_question(thing, rng), thing.colour, COLOUR_NAMES, [t.colour for t in things]
+        return _Lookup(_colour_question(thing, rng), thing.colour, COLOUR_NAMES, colours, f"{at} {thing.colour}")
     if form == 3:
-        return _keyed_place_question(thing, rng), thing.position, POSITIONS, ()
-    return _count_question(rng), str(len(things)), COUNTS, ()
+        return _Lookup(
+            _keyed_place_question(thing, rng), thing.position, POSITIONS, (), f"{of} at the {thing.position}"
+        )
+    return _Lookup(_count_question(rng), str(len(things)), COUNTS, (), _number_of(things)[:-1])
 
 
 def ask_choice(things: Things, rng: Random) -> Turn:
-    question, right, pool, near = _short(things, rng)
-    close = list(dict.fromkeys(value for value in near if value != right))
+    asked = _lookup(things, rng)
+    close = list(dict.fromkeys(value for value in asked.near if value != asked.value))
     wrong = rng.sample(close, rng.randint(0, len(close)))
-    others = [value for value in pool if value != right and value not in wrong]
+    others = [value for value in asked.pool if value != asked.value and value not in wrong]
     options = wrong + rng.sample(others, len(LETTERS) - 1 - len(wrong))
     rng.shuffle(options)
     place = rng.randrange(len(LETTERS))
-    options.insert(place, right)
+    options.insert(place, asked.value)
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return Turn("choice", f"{question}\n{lines}\n{ONE_LETTER}", LETTERS[place], tuple(options))
+    question = f"{asked.question}\n{lines}\n{REASON_AND_LETTER}"
+    return Turn("choice", question, f"{asked.fact}, so {LETTERS[place]}.", tuple(options))
 
 
 def ask_short(things: Things, rng: Random) -> Turn:
-    question, right, _, _ = _short(things, rng)
-    return Turn("short", f"{question} {ONE_WORD}", right)
+    asked = _lookup(things, rng)
+    return Turn("short", f"{asked.question} {ONE_WORD}", asked.value)
 
 
 def ask_long(things: Things, rng: Random) -> Turn:

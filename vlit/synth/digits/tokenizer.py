@@ -25,8 +25,8 @@ CLIP_SPECIALS = {
     "eos_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>",
 }
-WORD_PATTERN = r" ?\p{L}+(?:-\p{L}+)*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""A word with its leading space; hyphens bind, numbers stay whole."""
+WORD_PATTERN = r" ?\p{L}+(?:-[\p{L}\p{N}]+)*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""A word with its leading space; hyphens bind ("red-7-top-left"), numbers stay whole."""
 MAX_VOCABULARY = 4000
 CORPUS_TEXTS = 4000
 
