@@ -41,8 +41,9 @@ class RunFolder:
         return list(dict.fromkeys([*self.metrics, *self.parts, *self.data_plan, *self.validation]))
 
     def image_path(self, name: str) -> Path:
-        """Absolute path of a picture that a file of this folder names (absolute or relative to the folder)."""
-        return self.path / name
+        """A picture named in a file of the run: absolute, relative to the run, or to where its commands were started."""
+        beside = self.path / name
+        return beside if beside.is_file() else Path(name)
 
 
 def read_run(path: Path) -> RunFolder:

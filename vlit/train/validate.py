@@ -85,7 +85,7 @@ class Validator:
             rows.append(
                 {
                     "id": sample.id,
-                    "image": str(images[0]) if images else None,
+                    "image": str(images[0].resolve()) if images else None,
                     "question": asked[-1].text,
                     "answer": turns[first_answer].text,
                 }
