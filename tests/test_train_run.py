@@ -229,7 +229,9 @@ def test_what_is_missing_is_named_before_any_training(
 
 def test_starting_from_a_model_folder_needs_the_same_parts(straight: Path, tiny_dir: Path, tmp_path: Path) -> None:
     start = f"model.init_from={straight / 'align' / 'model'}"
-    with pytest.raises(ModelError, match=r"model\.init_from .*its connector is .*'mlp'.*the configuration says .*'linear'"):
+    with pytest.raises(
+        ModelError, match=r"model\.init_from .*its connector is .*'mlp'.*the configuration says .*'linear'"
+    ):
         run_training(tiny_run(tiny_dir, tmp_path / "a", start, "model.connector=linear"))
     run = tiny_run(tiny_dir, tmp_path / "b", start, "stages.align=null")
     run_training(run)

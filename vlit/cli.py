@@ -34,6 +34,7 @@ def _eval(args: argparse.Namespace) -> None:
         rows=args.rows.split(","),
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
+        template=args.template,
     )
 
 
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder for predictions.jsonl and results.json")
     sub.add_argument("--rows", default="image", help="comma-separated: image, blind, shuffled (default: image)")
     sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--template", help="ask with this template (name or YAML mapping), not the one of the last stage")
     sub.add_argument("--max-new-tokens", type=int, default=64)
 
     sub = command("chat", _chat, "Talk to a checkpoint about an image.", overrides=False)

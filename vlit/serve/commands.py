@@ -42,8 +42,14 @@ def _build_world(run: Any, ranks: Any = None) -> None:
             ranks.barrier()
 
 
-def load_answerer(checkpoint: Path, *, max_new_tokens: int) -> tuple[Any, dict[str, Any]]:
-    """An :class:`~vlit.answer.Answerer` on this machine's best device, and the model's manifest."""
+def load_answerer(checkpoint: Path, *, max_new_tokens: int, template: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """An :class:`~vlit.answer.Answerer` on this machine's best device, and the model's manifest.
+
+    ``template`` (a registered name or a YAML mapping) replaces the template of the model's last stage: a model that was only
+    aligned was trained with `plain`, which has no question in it.
+    """
+    import yaml
+
     from vlit.answer import Answerer
     from vlit.config.schema import RuntimeConfig
     from vlit.models.artifact import data_rules, load_model
@@ -55,6 +61,8 @@ def load_answerer(checkpoint: Path, *, max_new_tokens: int) -> tuple[Any, dict[s
     folder = model_folder(checkpoint)
     model, manifest = load_model(folder, dtype=compute_dtype(runtime, ranks.device))
     model.to(ranks.device).eval()
+    if template is not None:
+        manifest["data"] = manifest["data"] | {"template": yaml.safe_load(template)}
     data = data_rules(folder, manifest)
     return Answerer(model, data, max_new_tokens=max_new_tokens), manifest | {"folder": str(folder)}
 
@@ -68,6 +76,7 @@ def evaluate_checkpoint(
     rows: Sequence[str] = ("image",),
     batch_size: int = 64,
     max_new_tokens: int = 64,
+    template: str | None = None,
 ) -> dict[str, Any]:
     """Answer a benchmark greedily and score it; resumes where an interrupted evaluation stopped."""
     import hashlib
@@ -91,7 +100,7 @@ def evaluate_checkpoint(
         ) from error
     built = config.build()
     built.load()  # a missing question file is an error before the model is loaded
-    answerer, manifest = load_answerer(checkpoint, max_new_tokens=max_new_tokens)
+    answerer, manifest = load_answerer(checkpoint, max_new_tokens=max_new_tokens, template=template)
     folder = Path(manifest["folder"])
     stage = str(manifest["info"].get("stage", folder.parent.name))
     out = out or folder.parent.parent / "evaluations" / f"{stage}-{built.name}"
@@ -114,7 +123,11 @@ def evaluate_checkpoint(
         rows=rows,
         batch_size=batch_size * 4,
         checkpoint=str(folder),
-        settings={"max_new_tokens": max_new_tokens, "weights_sha256": weights},
+        settings={
+            "max_new_tokens": max_new_tokens,
+            "weights_sha256": weights,
+            "template": manifest["data"]["template"],
+        },
         progress=advance,
     )
     bar.close()

@@ -63,12 +63,13 @@ def training_command(config: str, overrides: Sequence[str]) -> list[str]:
 
 
 def evaluation_command(
-    checkpoint: Path, out: Path, *, rows: str, split: str, world: str, extra: Sequence[str] = ()
+    checkpoint: Path, out: Path, *, rows: str, split: str, world: str, extra: Sequence[str] = (), template: str = ""
 ) -> list[str]:
     """How a checkpoint answers the embedded benchmark."""
     return [
         *(tool("python"), "scripts/eval.py", "--checkpoint", str(checkpoint), "--benchmark", "digits"),
-        *("--rows", rows, "--out", str(out), f"split={split}", f"world={world}", *extra),
+        *("--rows", rows, "--out", str(out), *(("--template", template) if template else ())),
+        *(f"split={split}", f"world={world}", *extra),
     ]
 
 
@@ -98,7 +99,15 @@ def run_demo(output_dir: Path, overrides: Sequence[str], *, short: bool = False)
         commands,
     )
     run_command(
-        evaluation_command(output_dir / "align" / "model", aligned, rows="image", split="test", world=world, extra=few),
+        evaluation_command(
+            output_dir / "align" / "model",
+            aligned,
+            rows="image",
+            split="test",
+            world=world,
+            extra=few,
+            template=json.dumps(run.data_for("instruct").template.model_dump(mode="json")),
+        ),
         commands,
     )
     results = json.loads((trained / "results.json").read_text(encoding="utf-8"))
