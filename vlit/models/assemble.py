@@ -5,8 +5,6 @@ Shape letters: T tokens of a packed row, L supervised positions, V views, S visi
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -142,8 +140,3 @@ class VisionLanguageModel(nn.Module):
         self.llm.set_gradient_checkpointing(enabled)
         if any(p.requires_grad for p in self.encoder.parameters()):
             self.encoder.set_gradient_checkpointing(enabled)
-
-    def summary(self) -> dict[str, Any]:
-        """Parameters by part module, for logs."""
-        parts = {"encoder": self.encoder, "connector": self.connector, "fusion": self.fusion, "llm": self.llm}
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from vlit.errors import CheckpointError
 from vlit.models.artifact import file_sha256
@@ -171,8 +170,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def weights_as_tensors(weights: TrainedWeights) -> dict[str, Tensor]:
-    """Copies of the masters (tests compare them bit for bit)."""
-    return {name: tensor.clone() for name, tensor in weights.tensors().items()}
