@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlit.types import PackedBatch
+from vlit.types import NO_PARENT, PackedBatch, Segment
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,12 @@ def packed(examples: Sequence[Example], source: str = "test") -> PackedBatch:
         is_image=ids < 0,
         supervised_positions=positions,
         targets=labels[positions],
-        segment_lengths=tuple(len(e.ids) for e in examples),
+        sample_of_target=torch.repeat_interleave(
+            torch.arange(len(examples)), torch.tensor([int((e.labels != -100).sum()) for e in examples])
+        ),
+        segments=tuple(Segment(len(e.ids), NO_PARENT, n) for n, e in enumerate(examples)),
         pixels=torch.cat([e.pixels for e in examples]),
         sample_ids=tuple(str(i) for i in range(len(examples))),
         sources=(source,) * len(examples),
+        sample_lengths=tuple(len(e.ids) for e in examples),
     )

@@ -52,7 +52,7 @@ def content(step: StepBatch) -> tuple[Any, ...]:
     """Everything in a step, comparable."""
     micro = [
         (m.input_ids.tolist(), m.position_ids.tolist(), m.is_image.tolist(), m.supervised_positions.tolist(),
-         m.targets.tolist(), m.segment_lengths, m.sample_ids, m.sources, m.pixels.numpy().tobytes())
+         m.targets.tolist(), m.segments, m.sample_ids, m.sources, m.pixels.numpy().tobytes())
         for m in step.micro_batches
     ]  # fmt: skip
     return step.step, micro, step.quarantined, step.dropped_turns, step.cut_tokens
@@ -108,9 +108,9 @@ def test_a_packed_row_holds_its_samples_and_pictures_in_order(tmp_path: Path, sp
     seen_images = 0
     for step in loader:
         for micro in step.micro_batches:
-            assert micro.num_tokens == sum(micro.segment_lengths) <= MICRO_TOKENS
+            assert micro.num_tokens == sum(s.length for s in micro.segments) <= MICRO_TOKENS
             begin, views = 0, list(micro.pixels.numpy())
-            for name, length in zip(micro.sample_ids, micro.segment_lengths, strict=True):
+            for name, length in zip(micro.sample_ids, micro.sample_lengths, strict=True):
                 alone = tokenizer.tokenize(by_id[name])
                 part = slice(begin, begin + length)
                 assert micro.input_ids[part].tolist() == alone.input_ids.tolist()
@@ -130,9 +130,9 @@ def test_a_packed_row_holds_its_samples_and_pictures_in_order(tmp_path: Path, sp
 
 
 def test_an_empty_micro_batch_has_no_token_and_well_formed_tensors():
-    empty = collate([], [], image_size=32)
+    empty = collate([], [], [], image_size=32)
     assert isinstance(empty, PackedBatch)
-    assert (empty.num_tokens, empty.num_label_tokens, empty.num_images, empty.segment_lengths) == (0, 0, 0, ())
+    assert (empty.num_tokens, empty.num_label_tokens, empty.num_images, empty.segments) == (0, 0, 0, ())
     assert empty.pixels.shape == (0, 3, 32, 32)
     assert empty.input_ids.dtype == empty.targets.dtype == torch.int64
     assert empty.is_image.dtype == torch.bool

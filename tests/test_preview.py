@@ -54,7 +54,7 @@ def handmade() -> PreviewStage:
     pixels[..., 0] = 200
     good = PreviewSample("a", "src", "f.json#0", tokens, (PreviewImage("r.png", pixels),), (("user", "Why?"),), 3)
     bad = PreviewSample("b", "src", "f.json#1", error=f"no picture {EVIL}")
-    row = PreviewRow(0, 1000, (PreviewSegment("a", "src", 580, 576, 2), PreviewSegment("c", "src", 320, 0, 20)))
+    row = PreviewRow(0, 1000, (PreviewSegment("a", "src", 580, 576, 2), PreviewSegment("c", "src", 320, 0, 20)), 2)
     return PreviewStage("align", [good, bad], [row], [("Template", "v1")], ["look here"])
 
 
@@ -224,7 +224,7 @@ def test_terminal_pictures_and_rows_are_drawn_to_scale():
     text = picture_text(pixels, cells=20)
     assert text.plain == "\n".join(["▀" * 20] * 5)
     assert all("#dc1e1e on #dc1e1e" in str(span.style) for span in text.spans)
-    row = PreviewRow(4, 100, (PreviewSegment("a", "s", 50, 0, 1), PreviewSegment("b", "s", 25, 5, 1)))
+    row = PreviewRow(4, 100, (PreviewSegment("a", "s", 50, 0, 1), PreviewSegment("b", "s", 25, 5, 1)), 2)
     assert re.fullmatch(r"step  5  █{30}▓{15}·{15}   75\.0 %  2 samples", row_text(row).plain)
 
 

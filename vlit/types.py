@@ -8,7 +8,8 @@ S vision tokens a view, D width. Nothing here imports torch at run time, so the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 """Label of a position that takes no loss (PyTorch's own convention)."""
+
+NO_PARENT = -1
+"""Parent of a segment that continues no prefix."""
+
+NO_SAMPLE = -1
+"""Sample number of a segment that several samples share."""
 
 IMAGE_PLACEHOLDER = "<image>"
 """Stands in a turn's text where an image goes. Structural: it is never looked up in a tokenizer's vocabulary."""
@@ -110,27 +117,50 @@ class VisionTokens(NamedTuple):
     tokens: Tensor  # [V, S, D]
 
 
+class Segment(NamedTuple):
+    """A run of tokens in a packed row: a sample, a prefix that several samples share, or what a sample adds to it."""
+
+    length: int
+    parent: int
+    """Number of the segment that is its prefix; NO_PARENT without one."""
+    sample: int
+    """Number of its sample in the row; NO_SAMPLE for a shared prefix."""
+
+
 @dataclass(slots=True)
 class PackedBatch:
-    """One micro-batch: N samples laid end to end in one row of T tokens, without padding.
+    """One micro-batch: N samples in one row of T tokens, without padding.
 
     Everything the accelerator path would have to count is counted here, in the data worker: segment bounds, the L
     supervised positions and their targets. Order of ``pixels`` equals reading order of the image spans in the row.
+    Samples that share a prefix attend to it and to themselves (see :class:`vlit.kernels.attention.Segments`).
     """
 
     input_ids: Tensor  # int64 [T]
-    position_ids: Tensor  # int64 [T], restarts at 0 for every segment
+    position_ids: Tensor  # int64 [T], the position within the sample: 0 for its first token, shared or not
     is_image: Tensor  # bool [T]
-    supervised_positions: Tensor  # int64 [L]
+    supervised_positions: Tensor  # int64 [L]; a position of a shared prefix may stand here once for each sample
     targets: Tensor  # int64 [L], the id each supervised position must predict
-    segment_lengths: tuple[int, ...]  # N numbers, sum T
+    sample_of_target: Tensor  # int64 [L], number of the sample each target belongs to
+    segments: tuple[Segment, ...]  # lengths sum to T
     pixels: Tensor  # uint8 [V, 3, H, W], not normalised; V may be 0
     sample_ids: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    sample_lengths: tuple[int, ...] = ()  # tokens of each sample, shared or not
 
     @property
     def num_tokens(self) -> int:
+        """Positions of the row."""
         return int(self.input_ids.shape[0])
+
+    @property
+    def num_sample_tokens(self) -> int:
+        """Tokens of the samples, each counted with its whole prefix."""
+        return sum(self.sample_lengths)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_ids)
 
     @property
     def num_label_tokens(self) -> int:
@@ -140,23 +170,14 @@ class PackedBatch:
     def num_images(self) -> int:
         return int(self.pixels.shape[0])
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """Copy of the batch with every tensor replaced by ``function`` of it."""
+        changed = {f.name: function(v) for f in fields(self) if hasattr(v := getattr(self, f.name), "shape")}
+        return replace(self, **changed)
+
     def to(self, device: object, *, non_blocking: bool = False) -> PackedBatch:
         """Copy of the batch with its tensors on ``device``."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)  # type: ignore[call-overload]
-
-        return PackedBatch(
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            is_image=move(self.is_image),
-            supervised_positions=move(self.supervised_positions),
-            targets=move(self.targets),
-            segment_lengths=self.segment_lengths,
-            pixels=move(self.pixels),
-            sample_ids=self.sample_ids,
-            sources=self.sources,
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))  # type: ignore[call-overload]
 
 
 @dataclass(slots=True)

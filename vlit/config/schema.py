@@ -58,6 +58,11 @@ class DataConfig(Strict):
     """`error` stops at the first bad record; `quarantine` leaves it out and lists it in `quarantine.jsonl`."""
     quarantine_budget: Fraction = 0.01
     """A run ends with an error when more than this share of a dataset is quarantined."""
+    share_images: Literal["auto", "on", "off"] = "auto"
+    """Bring records of one image together and compute what they have in common (the image above all) once. The gradients
+    are those of separate records. `auto`: on, unless a trained part uses dropout, which shared tokens would draw once."""
+    max_shared_records: Annotated[int, Field(ge=2)] = 8
+    """Most records of one image that are brought together; the others of that image come elsewhere in the epoch."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Loader processes. `auto`: 0 for fewer than 4 cores, else up to 8; 0 loads in the training process."""
     cache_dir: str | None = None

@@ -9,9 +9,11 @@ import numpy as np
 
 from vlit.config.schema import DataConfig
 from vlit.data.mixture import Mixture
+from vlit.data.share import share_prefixes
 from vlit.data.source import RecordSource
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError
+from vlit.types import TokenizedSample
 
 MAX_UNSUPERVISED_SHARE = 0.01
 _NUM_NAMED = 3
@@ -32,6 +34,12 @@ class SupervisionReport:
     truncated_share: float
     """Samples that lost turns or the tail of an answer."""
     images_mean: float
+    records_per_image: float
+    """Records with an image for each image (or group of images) that is computed; 1 without sharing."""
+    shared_share: float
+    """Tokens that sharing saves, among all tokens."""
+    shared_images: float
+    """Image encodings that sharing saves, among all."""
 
     def as_dict(self) -> dict[str, Any]:
         """For the data plan."""
@@ -39,9 +47,15 @@ class SupervisionReport:
 
 
 def check_supervision(
-    mixture: Mixture[RecordSource], tokenizer: SampleTokenizer, data: DataConfig, n: int
+    mixture: Mixture[RecordSource],
+    tokenizer: SampleTokenizer,
+    data: DataConfig,
+    n: int,
+    *,
+    global_batch: int = 1,
+    max_tokens: int = 1 << 30,
 ) -> SupervisionReport:
-    """Tokenize the first ``n`` samples in training order (an epoch at most).
+    """Tokenize the first ``n`` samples in training order (an epoch at most), and see what sharing saves in their steps.
 
     Raises:
         DataError: more than 1 % of them have no supervised token, or one has under ``data.on_bad_sample: error`` (the
@@ -49,6 +63,7 @@ def check_supervision(
     """
     lengths, supervised, images, truncated = [], 0, 0, 0
     failed: list[str] = []
+    steps: dict[int, list[tuple[TokenizedSample, list[str]]]] = {}
     count = min(n, mixture.records_per_epoch)
     for position in range(count):
         number, record = mixture.record(position)
@@ -58,6 +73,8 @@ def check_supervision(
         except DataError as error:
             failed.append(f"{source.place(record)}: {error}")
             continue
+        files = [str(source.image_path(image)) for image in sample.images]
+        steps.setdefault(position // global_batch, []).append((sample, files))
         lengths.append(len(sample))
         supervised += sample.num_label_tokens
         images += len(sample.images)
@@ -73,6 +90,11 @@ def check_supervision(
             f"{'; '.join(failed[:_NUM_NAMED])}{' …' if len(failed) > _NUM_NAMED else ''}. Fix the records{remedy}."
         )
     tokens = np.asarray(lengths, np.int64)
+    trees = []
+    if mixture.share_at_most > 1:
+        for step in steps.values():
+            trees += share_prefixes([sample for sample, _ in step], [files for _, files in step], max_tokens)
+    with_image = [tree for tree in trees if tree.images]
     return SupervisionReport(
         samples=count,
         unsupervised=len(failed),
@@ -83,4 +105,7 @@ def check_supervision(
         supervised_share=float(supervised / tokens.sum()),
         truncated_share=float(truncated / len(tokens)),
         images_mean=float(images / len(tokens)),
+        records_per_image=sum(len(tree.members) for tree in with_image) / len(with_image) if with_image else 1.0,
+        shared_share=1 - sum(tree.num_tokens for tree in trees) / int(tokens.sum()) if trees else 0.0,
+        shared_images=1 - sum(tree.images for tree in trees) / images if with_image else 0.0,
     )

@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from vlit.data.share import Tree, single
 from vlit.errors import DataError
-from vlit.types import IGNORE_INDEX, PackedBatch, TokenizedSample
+from vlit.types import IGNORE_INDEX, NO_PARENT, NO_SAMPLE, PackedBatch, Segment, TokenizedSample
 
 
-def collate(samples: Sequence[TokenizedSample], pixels: Sequence[np.ndarray], *, image_size: int = 0) -> PackedBatch:
-    """Lay samples end to end.
+def collate(
+    trees: Sequence[Tree],
+    samples: Mapping[int, TokenizedSample] | Sequence[TokenizedSample],
+    pixels: Sequence[np.ndarray],
+    *,
+    image_size: int = 0,
+) -> PackedBatch:
+    """Lay trees end to end: the prefix once, then what each sample has of its own.
+
+    A label inside a prefix is counted for every sample that has it, so one position may be supervised several times.
 
     Args:
-        samples: may be empty; the batch then has no token.
-        pixels: uint8 [3, H, W], one for each image of the samples, in reading order.
+        trees: may be empty; the batch then has no token.
+        samples: what the trees' member numbers mean.
+        pixels: uint8 [3, H, W], one for each image of the row in reading order (those of a prefix once).
         image_size: H = W of the empty pixel tensor when there is no image.
     """
-    expected = sum(len(sample.images) for sample in samples)
+    expected = sum(tree.images for tree in trees)
     if expected != len(pixels):
         raise DataError(f"micro-batch: {expected} images in the text, {len(pixels)} views. Give one view an image.")
-    lengths = tuple(len(sample) for sample in samples)
-    labels = _joined([sample.labels for sample in samples], np.int64)
-    positions = np.flatnonzero(labels != IGNORE_INDEX)
+    ordered = [samples[number] for tree in trees for number in tree.members]
+    segments: list[Segment] = []
+    pieces: list[tuple[TokenizedSample, slice]] = []
+    places: list[np.ndarray] = []
+    row = 0
+    for tree in trees:
+        parent, prefix_row = NO_PARENT, row
+        if tree.prefix:
+            parent = len(segments)
+            segments.append(Segment(tree.prefix, NO_PARENT, NO_SAMPLE))
+            pieces.append((samples[tree.members[0]], slice(0, tree.prefix)))
+            row += tree.prefix
+        for number in tree.members:
+            sample = samples[number]
+            labelled = np.flatnonzero(sample.labels != IGNORE_INDEX)
+            places.append(labelled + np.where(labelled < tree.prefix, prefix_row, row - tree.prefix))
+            segments.append(Segment(len(sample) - tree.prefix, parent, len(places) - 1))
+            pieces.append((sample, slice(tree.prefix, len(sample))))
+            row += len(sample) - tree.prefix
     views = np.stack(pixels) if len(pixels) else np.zeros((0, 3, image_size, image_size), np.uint8)
+    labels = [sample.labels[sample.labels != IGNORE_INDEX] for sample in ordered]
     return PackedBatch(
-        input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples], np.int64)),
-        position_ids=torch.from_numpy(_joined([np.arange(length) for length in lengths], np.int64)),
-        is_image=torch.from_numpy(_joined([sample.is_image for sample in samples], bool)),
-        supervised_positions=torch.from_numpy(positions.astype(np.int64)),
-        targets=torch.from_numpy(labels[positions]),
-        segment_lengths=lengths,
+        input_ids=_joined([sample.input_ids[part] for sample, part in pieces], np.int64),
+        position_ids=_joined([np.arange(part.start, part.stop) for _, part in pieces], np.int64),
+        is_image=_joined([sample.is_image[part] for sample, part in pieces], bool),
+        supervised_positions=_joined(places, np.int64),
+        targets=_joined(labels, np.int64),
+        sample_of_target=_joined([np.full(len(own), n) for n, own in enumerate(labels)], np.int64),
+        segments=tuple(segments),
         pixels=torch.from_numpy(np.ascontiguousarray(views)),
-        sample_ids=tuple(sample.id for sample in samples),
-        sources=tuple(sample.source for sample in samples),
+        sample_ids=tuple(sample.id for sample in ordered),
+        sources=tuple(sample.source for sample in ordered),
+        sample_lengths=tuple(len(sample) for sample in ordered),
     )
 
 
-def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
+def collate_samples(
+    samples: Sequence[TokenizedSample], pixels: Sequence[np.ndarray], *, image_size: int = 0
+) -> PackedBatch:
+    """A row of samples of their own."""
+    trees = [single(number, sample) for number, sample in enumerate(samples)]
+    return collate(trees, samples, pixels, image_size=image_size)
+
+
+def _joined(arrays: list[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype))

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlit.data.formats._base import BadRow, FormatConfig, Row, place_of
 from vlit.data.progress import phase
 from vlit.errors import DataError
@@ -98,11 +100,27 @@ class ArrowRows:
         return {"path": self.path, "_dataset": None}
 
     def __getitem__(self, row: int) -> dict[str, Any]:
+        return self._open()[row]
+
+    def first_images(self) -> np.ndarray:
+        """int64 [rows]: equal for rows whose first image reference is the same, -1 for rows without an image."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        parts = []
+        for chunk in self._open().data.column("images").chunks:
+            has_image = pc.greater(pc.list_value_length(chunk), 0)
+            first = pc.if_else(has_image, chunk.offsets.slice(0, len(chunk)), None)
+            parts.append(chunk.values.take(first))
+        codes = pa.chunked_array(parts, pa.string()).combine_chunks().dictionary_encode().indices
+        return codes.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def _open(self) -> Any:
         if self._dataset is None:
             from datasets import Dataset
 
             self._dataset = Dataset.from_file(self.path)
-        return self._dataset[row]
+        return self._dataset
 
 
 def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, stop: bool, progress: bool) -> IndexInfo:

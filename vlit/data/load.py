@@ -1,15 +1,16 @@
 """Step loader: plan, then fetch.
 
-A step is ``global_batch`` records. Whoever loads a step tokenizes all its records (that is cheap and gives exact
-lengths), packs them by the one deterministic plan, and decodes only the images of its own rank. A worker makes whole
-steps, so content and order are the same for every number of workers, and resuming is ``start_step``.
+A step is ``global_batch`` records. Whoever loads a step tokenizes all its records (that is cheap and gives exact lengths),
+joins records of one image into trees, packs them by the one deterministic plan, and decodes only the images of its own
+rank, a shared one once. A worker makes whole steps, so content and order are the same for every number of workers, and
+resuming is ``start_step``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from vlit.data.collate import collate
 from vlit.data.images import load_view
 from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
+from vlit.data.share import Tree, share_prefixes, single
 from vlit.data.source import QuarantineEntry, RecordSource, check_budget, write_quarantine
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError, VlitError
-from vlit.types import PackedBatch, StepBatch, TokenizedSample
+from vlit.types import StepBatch, TokenizedSample
 
 
 def resolve_num_workers(setting: int | str) -> int:
@@ -46,7 +48,7 @@ class _Fetched:
     def pin_memory(self, device: object = None) -> _Fetched:
         """Called by torch's loader when a GPU is there."""
         if self.batch is not None:
-            self.batch.micro_batches = [_pinned(micro) for micro in self.batch.micro_batches]
+            self.batch.micro_batches = [m.map(torch.Tensor.pin_memory) for m in self.batch.micro_batches]
         return self
 
 
@@ -163,33 +165,68 @@ class _Steps(Dataset[_Fetched]):
                 samples[place] = self.tokenizer.tokenize(source.sample(record))
             except DataError as error:
                 self._bad(fetched, number, record, str(error), report=self.rank == 0)
-        places = list(samples)
+        trees = self._trees(records, samples)
         spec = self.tokenizer.spec
         plan = pack(
-            [len(samples[place]) for place in places],
+            [tree.num_tokens for tree in trees],
             self.micro_batch_tokens,
             self.world_size,
-            image_tokens=[len(samples[place].images) * spec.tokens_per_view for place in places],
+            image_tokens=[tree.images * spec.tokens_per_view for tree in trees],
         )[self.rank]
         for row in plan:
-            kept: list[TokenizedSample] = []
+            kept: list[Tree] = []
             pixels: list[np.ndarray] = []
-            for place in (places[n] for n in row):
-                number, record = records[place]
-                sample, source = samples[place], self.mixture.sources[number]
-                try:
-                    pixels += [
-                        load_view(source.image_path(image), policy=self.data.image_policy, spec=spec)
-                        for image in sample.images
-                    ]
-                except DataError as error:
-                    self._bad(fetched, number, record, str(error), report=True)
-                    continue
-                kept.append(sample)
+            for number in row:
+                tree = self._load_views(trees[number], records, samples, pixels, fetched)
+                kept += [tree] if tree.members else []
+            result.micro_batches.append(collate(kept, samples, pixels, image_size=spec.image_size))
+            for sample in (samples[place] for tree in kept for place in tree.members):
                 result.dropped_turns += sample.dropped_turns
                 result.cut_tokens += sample.cut_tokens
-            result.micro_batches.append(collate(kept, pixels, image_size=spec.image_size))
         return fetched
+
+    def _trees(self, records: list[tuple[int, int]], samples: dict[int, TokenizedSample]) -> list[Tree]:
+        """The step's samples as trees; without sharing, each is one of its own."""
+        if self.mixture.share_at_most == 1:
+            return [single(place, sample) for place, sample in samples.items()]
+        places = list(samples)
+        files = [
+            [str(self.mixture.sources[records[place][0]].image_path(image)) for image in samples[place].images]
+            for place in places
+        ]
+        trees = share_prefixes([samples[place] for place in places], files, self.micro_batch_tokens)
+        return [replace(tree, members=tuple(places[n] for n in tree.members)) for tree in trees]
+
+    def _load_views(
+        self,
+        tree: Tree,
+        records: list[tuple[int, int]],
+        samples: dict[int, TokenizedSample],
+        pixels: list[np.ndarray],
+        fetched: _Fetched,
+    ) -> Tree:
+        """Append the tree's views to ``pixels`` in reading order; returns the tree without members whose image is bad."""
+
+        def views(place: int, images: Sequence[str]) -> list[np.ndarray]:
+            source = self.mixture.sources[records[place][0]]
+            return [
+                load_view(source.image_path(image), policy=self.data.image_policy, spec=self.tokenizer.spec)
+                for image in images
+            ]
+
+        shared: list[np.ndarray] = []
+        own: list[np.ndarray] = []
+        for place in tree.members:
+            images = samples[place].images
+            try:
+                if tree.prefix_images and not shared:
+                    shared = views(place, images[: tree.prefix_images])
+                own += views(place, images[tree.prefix_images :])
+            except DataError as error:
+                self._bad(fetched, *records[place], str(error), report=True)
+                tree = tree.without(place)
+        pixels += shared + own if tree.members else []
+        return tree
 
     def _bad(self, fetched: _Fetched, number: int, record: int, reason: str, *, report: bool) -> None:
         source = self.mixture.sources[number]
@@ -202,20 +239,6 @@ class _Steps(Dataset[_Fetched]):
         if report and fetched.batch is not None:
             fetched.bad.append((number, record, source.quarantine_entry(record, reason)))
             fetched.batch.quarantined.append((place, reason))
-
-
-def _pinned(micro: PackedBatch) -> PackedBatch:
-    return PackedBatch(
-        input_ids=micro.input_ids.pin_memory(),
-        position_ids=micro.position_ids.pin_memory(),
-        is_image=micro.is_image.pin_memory(),
-        supervised_positions=micro.supervised_positions.pin_memory(),
-        targets=micro.targets.pin_memory(),
-        segment_lengths=micro.segment_lengths,
-        pixels=micro.pixels.pin_memory(),
-        sample_ids=micro.sample_ids,
-        sources=micro.sources,
-    )
 
 
 def _init_worker(worker: int) -> None:

@@ -25,6 +25,12 @@ class Sized(Protocol):
 
     def __len__(self) -> int: ...
 
+    def image_groups(self) -> np.ndarray:
+        """int64 [len]: equal for records whose first image is the same file, negative for records without an image.
+        Asked only when images are shared.
+        """
+        ...
+
 
 S = TypeVar("S", bound=Sized)
 
@@ -39,9 +45,11 @@ class Mixture(Generic[S]):
     Args:
         sources: with ``name``, ``weight`` and ``len``; names must differ.
         seed: the run's seed.
+        share_at_most: bring up to this many records of one image together, so that they can share it (1: none). The
+            records of an image with more are spread over the epoch in several such groups.
     """
 
-    def __init__(self, sources: Sequence[S], seed: int) -> None:
+    def __init__(self, sources: Sequence[S], seed: int, *, share_at_most: int = 1) -> None:
         if not sources:
             raise DataError("the mixture has no source. List at least one under data:.")
         names = [source.name for source in sources]
@@ -50,6 +58,7 @@ class Mixture(Generic[S]):
             raise DataError(f'two data sources are named "{doubled[0]}". Give one of them another name:.')
         self.sources = list(sources)
         self.seed = seed
+        self.share_at_most = share_at_most
         self.counts = [max(1, round(source.weight * len(source))) for source in sources]
         """Records of each source per epoch."""
         self._epochs: dict[int, np.ndarray] = {}
@@ -66,9 +75,36 @@ class Mixture(Generic[S]):
             parts = [self._chosen(number, epoch) | (number << _RECORD_BITS) for number in range(len(self.sources))]
             entries = np.concatenate(parts)
             order = entries[permutation(len(entries), stream_key(self.seed, "order", epoch))]
+            if self.share_at_most > 1:
+                order = order[self._together(order)]
             self._epochs = {held: self._epochs[held] for held in sorted(self._epochs)[-1:]}
             self._epochs[epoch] = order
         return order
+
+    def _together(self, order: np.ndarray) -> np.ndarray:
+        """int64 [n]: places of a shuffled order, rearranged so that records of one image stand together.
+
+        The occurrences of an image are numbered along the order and cut into runs of ``share_at_most``. A run moves to
+        where its smallest entry stands, which the shuffle decides alike for long and short runs. Copies of a record (weight
+        above 1) go to different runs.
+        """
+        sources, records = order >> _RECORD_BITS, order & ((1 << _RECORD_BITS) - 1)
+        image = np.full(len(order), -1, np.int64)
+        for number, source in enumerate(self.sources):
+            own = sources == number
+            groups = source.image_groups()[records[own]]
+            image[own] = np.where(groups < 0, -1, groups | (number << _RECORD_BITS))
+        alone = image < 0
+        image[alone] = -1 - np.flatnonzero(alone)
+        copy = _occurrence(order)
+        group = np.unique(image, return_inverse=True)[1].reshape(-1) * (int(copy.max()) + 1) + copy
+        run = group * (len(order) + 1) + _occurrence(group) // self.share_at_most
+        by_run = np.lexsort((order, run))
+        starts = np.flatnonzero(np.r_[True, np.diff(run[by_run]) != 0])
+        leader = np.repeat(by_run[starts], np.diff(np.r_[starts, len(order)]))
+        target = np.empty(len(order), np.int64)
+        target[by_run] = leader
+        return np.argsort(target, kind="stable")
 
     def _chosen(self, number: int, epoch: int) -> np.ndarray:
         source, count = self.sources[number], self.counts[number]
@@ -98,3 +134,14 @@ class Mixture(Generic[S]):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_epochs": {}}
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """int64 [n]: how often each value has stood before."""
+    by_value = np.argsort(values, kind="stable")
+    ordered = values[by_value]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    begin = np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    result = np.empty(len(values), np.int64)
+    result[by_value] = np.arange(len(values)) - begin
+    return result

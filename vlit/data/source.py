@@ -60,6 +60,7 @@ class RecordSource:
         self.weight = weight
         self.content_hash = content_hash
         self._chosen = chosen  # int64 [len(self)] rows, ascending; None: all
+        self._groups: np.ndarray | None = None
         self._len = num_records if chosen is None else len(chosen)
 
     def __len__(self) -> int:
@@ -80,6 +81,16 @@ class RecordSource:
             images=tuple(row["images"]),
             kind=row["kind"],
         )
+
+    def image_groups(self) -> np.ndarray:
+        """int64 [len]: equal for records whose first image is the same, -1 for records without one."""
+        if self._groups is None:
+            groups = self.rows.first_images()
+            self._groups = groups if self._chosen is None else groups[self._chosen]
+        return self._groups
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_groups": None}
 
     def place(self, index: int) -> str:
         """How errors name the record: ``file#record (id "...")``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlit.config.schema import ModelConfig
-from vlit.kernels.attention import make_segments
+from vlit.kernels.attention import segments_of
 from vlit.kernels.cross_entropy import CrossEntropy
 from vlit.models.attention import packed_arguments
 from vlit.models.interfaces import Connector, Encoder
@@ -96,7 +96,7 @@ class VisionLanguageModel(nn.Module):
         embeds_TD, layer_arguments = self.fusion(text_TD, vision, batch.is_image)
         if vision is None and self._vision_is_tuned():
             embeds_TD = embeds_TD + self._zero_weighted_vision().to(embeds_TD.dtype)
-        segments = make_segments(batch.segment_lengths, batch.input_ids.device)
+        segments = segments_of(batch)
         return self.llm.hidden_states(
             embeds_TD.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),

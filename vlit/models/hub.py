@@ -35,6 +35,12 @@ def read_config(path: str, *, key: str, revision: str | None = None, trust_remot
         ) from error
 
 
+def dropouts(config: Any) -> dict[str, float]:
+    """Settings of a transformers config that drop something at random while training, by name; empty when all are 0."""
+    values = config.to_dict()
+    return {k: float(v) for k, v in values.items() if "drop" in k and isinstance(v, (int, float)) and float(v) > 0}
+
+
 def set_recompute(hf: Any, enabled: bool) -> None:
     """Recompute a transformers model's blocks in the backward pass (non-reentrant), under either of its two names."""
     prefix = "activation" if hasattr(hf, "activation_checkpointing_enable") else "gradient"

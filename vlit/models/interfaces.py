@@ -46,6 +46,10 @@ class EncoderConfig(ComponentConfig):
     def spec(self) -> EncoderSpec:
         raise NotImplementedError
 
+    def dropouts(self) -> dict[str, float]:
+        """Dropout settings above 0, read from the configuration alone."""
+        return {}
+
     def build(self, *, dtype: torch.dtype) -> Encoder:  # type: ignore[override]
         raise NotImplementedError
 
@@ -93,6 +97,10 @@ class LLMConfig(ComponentConfig):
 
     def tokenizer_path(self) -> str:
         raise NotImplementedError
+
+    def dropouts(self) -> dict[str, float]:
+        """Dropout settings above 0, read from the configuration alone."""
+        return {}
 
     def build(self, *, dtype: torch.dtype) -> LanguageModel:  # type: ignore[override]
         raise NotImplementedError

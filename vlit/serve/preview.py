@@ -164,7 +164,7 @@ def _packing(rows: Sequence[PreviewRow]) -> Markup | None:
     blocks: list[Markup] = [tag("h3", "Packing of the first steps"), order, shown]
     for step in sorted({row.step for row in rows}):
         of_step = [row for row in rows if row.step == step]
-        samples = sum(len(row.segments) for row in of_step)
+        samples = sum(row.num_samples for row in of_step)
         tokens = sum(row.num_tokens for row in of_step)
         words = (
             f"Step {step + 1}: {samples:,} samples, {tokens:,} tokens in {len(of_step)} row{'s' * (len(of_step) != 1)}"
@@ -193,5 +193,5 @@ def _bar(row: PreviewRow) -> Markup:
         at = x
     fill = percent(row.num_tokens / row.capacity)
     parts.append(tag("text", fill, x=BAR_WIDTH + 10, y=BAR_HEIGHT - 6))
-    label = f"{len(row.segments)} samples, {row.num_tokens} of {row.capacity} tokens"
+    label = f"{row.num_samples} samples, {row.num_tokens} of {row.capacity} tokens"
     return tag("svg", *parts, viewBox=f"0 0 {BAR_WIDTH + 80} {BAR_HEIGHT}", role="img", aria_label=label)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlit.errors import DataError
-from vlit.types import IGNORE_INDEX, PackedBatch
+from vlit.types import IGNORE_INDEX, NO_SAMPLE, PackedBatch
 
 if TYPE_CHECKING:
     from vlit.config.schema import RunConfig
@@ -93,6 +93,7 @@ class PreviewRow:
     step: int
     capacity: int
     segments: tuple[PreviewSegment, ...]
+    num_samples: int
 
     @property
     def num_tokens(self) -> int:
@@ -225,8 +226,10 @@ def packed_row(batch: PackedBatch, *, step: int, capacity: int) -> PreviewRow:
     supervised = np.zeros(batch.num_tokens, bool)
     supervised[batch.supervised_positions.numpy()] = True
     segments, begin = [], 0
-    for name, source, length in zip(batch.sample_ids, batch.sources, batch.segment_lengths, strict=True):
+    for length, _, sample in batch.segments:
+        shared = sample == NO_SAMPLE
+        name, source = ("shared prefix", "") if shared else (batch.sample_ids[sample], batch.sources[sample])
         span = slice(begin, begin + length)
         segments.append(PreviewSegment(name, source, length, int(is_image[span].sum()), int(supervised[span].sum())))
         begin += length
-    return PreviewRow(step, capacity, tuple(segments))
+    return PreviewRow(step, capacity, tuple(segments), batch.num_samples)

@@ -115,4 +115,4 @@ def row_text(row: PreviewRow) -> Text:
         text.append("█▓"[number % 2] * cells, style="blue" if segment.image_tokens else "cyan")
         filled += cells
     text.append("·" * (BAR_CELLS - filled), style="dim")
-    return text.append(f"  {100 * row.num_tokens / row.capacity:5.1f} %  {len(row.segments)} samples", style="default")
+    return text.append(f"  {100 * row.num_tokens / row.capacity:5.1f} %  {row.num_samples} samples", style="default")

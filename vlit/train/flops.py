@@ -3,8 +3,9 @@
 Useful FLOPs count what training cannot do without: no recomputation, no padding, logits only at supervised positions.
 For a part with linear weights N applied to n tokens: forward 2·N·n; backward the same again for the gradient of its input
 (when something before it is trained) and once more for the gradient of its weights (when it is trained itself).
-Attention over a causal segment of s tokens: 2·s²·width a layer forward, 2.5 times that backward; a vision encoder sees all
-pairs, twice as many. The matmul peak is measured in the same process, so the share is honest on a shared machine.
+Attention: 4·width FLOPs a layer for every visible pair of query and key (s(s + 1)/2 in a causal segment of s tokens, plus
+s·p behind a shared prefix of p), 2.5 times that backward; a vision encoder sees all pairs. The matmul peak is measured in
+the same process, so the share is honest on a shared machine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlit.kernels.attention import segments_of
 from vlit.models.assemble import VisionLanguageModel
 from vlit.types import PackedBatch
 
@@ -45,6 +47,11 @@ def _linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
 
+def _attention_width(config: Any) -> int:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(size * config.num_attention_heads)
+
+
 class UsefulFlops:
     """FLOPs of a micro-batch for one model and tuning; made once a stage, asked once a micro-batch."""
 
@@ -67,15 +74,20 @@ class UsefulFlops:
         trunk = _linear_weights(model.llm.trunk)
         passes = 1.0 + (1.0 if before_llm or llm_trained else 0.0) + (1.0 if llm_trained else 0.0)
         self.per_token = 2.0 * trunk * passes
-        self.per_square = 2.0 * model.llm.width * len(model.llm.layers) * (3.5 if passes > 1 else 1.0)
+        self.per_pair = (
+            4.0
+            * _attention_width(model.llm.hf.config.get_text_config())
+            * len(model.llm.layers)
+            * (3.5 if passes > 1 else 1.0)
+        )
         self.per_label = 2.0 * head.weight.numel() * (passes if head.weight.requires_grad else min(passes, 2.0))
 
     def of(self, batch: PackedBatch) -> float:
         """Useful FLOPs of forward and backward for one packed row."""
-        squares = float(sum(n * n for n in batch.segment_lengths))
+        pairs = segments_of(batch).num_pairs
         return (
             self.per_image * batch.num_images
             + self.per_token * batch.num_tokens
-            + self.per_square * squares
+            + self.per_pair * pairs
             + self.per_label * batch.num_label_tokens
         )

@@ -27,6 +27,7 @@ from vlit.train.checkpoint import Position, check_identity
 from vlit.train.distributed import Ranks, compute_dtype, start_ranks
 from vlit.train.flops import matmul_peak
 from vlit.train.metrics import format_seconds
+from vlit.train.sharing import share_at_most
 from vlit.train.stage import StageRun, open_mixture, stage_identity, train_stage
 
 
@@ -180,10 +181,13 @@ def _write_plan(
     out: Path, name: str, mixture: Any, tokenizer: SampleTokenizer, run: RunConfig, total: int, ranks: Ranks
 ) -> None:
     """Look at samples before compute is spent; print and save what the stage will see."""
-    report = check_supervision(mixture, tokenizer, run.data_for(name), run.data.check_samples)
+    stage = run.stages[name]
+    report = check_supervision(
+        mixture, tokenizer, run.data_for(name), run.data.check_samples, global_batch=stage.global_batch,
+        max_tokens=stage.micro_batch_tokens,
+    )  # fmt: skip
     if not ranks.is_main:
         return
-    stage = run.stages[name]
     plan = {
         "sources": [
             {"name": s.name, "records": len(s), "weight": s.weight, "quarantined": s.num_quarantined}
@@ -202,6 +206,15 @@ def _write_plan(
         f"{100 * report.supervised_share:.0f}% supervised",
         file=sys.stderr,
     )
+    against = share_at_most(run, name)[1]
+    if against:
+        print(f"{name}: {against}", file=sys.stderr)
+    elif report.records_per_image > 1:
+        print(
+            f"{name}: {report.records_per_image:.1f} records share an image; computing it once saves "
+            f"{100 * report.shared_share:.0f}% of the tokens and {100 * report.shared_images:.0f}% of the image encodings",
+            file=sys.stderr,
+        )
 
 
 def _print_parts(tuned: Tuned, name: str, run: RunConfig, out: Path, ranks: Ranks) -> None:

@@ -27,6 +27,7 @@ from vlit.train.distributed import Ranks
 from vlit.train.flops import UsefulFlops
 from vlit.train.metrics import MetricsFile, Progress, log_line, memory_used
 from vlit.train.optimizer import TrainedWeights, learning_rate_factor
+from vlit.train.sharing import share_at_most
 from vlit.train.step import StepResult, train_step
 from vlit.train.validate import Validator
 from vlit.types import StepBatch
@@ -60,7 +61,7 @@ def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture[Recor
         open_source(source, data=data, seed=run.seed, quarantine_path=folder / "quarantine.jsonl", progress=progress)
         for source in run.stages[stage].data
     ]
-    return Mixture(sources, seed=run.seed)
+    return Mixture(sources, seed=run.seed, share_at_most=share_at_most(run, stage)[0])
 
 
 def stage_identity(
@@ -74,6 +75,7 @@ def stage_identity(
     data = run.data_for(stage).model_dump(mode="json")
     return {
         "model": run.model.model_dump(mode="json"),
+        "share_at_most": mixture.share_at_most,
         "data": {k: data[k] for k in ("template", "image_policy", "max_tokens", "on_bad_sample")},
         "stage": config,
         "seed": run.seed,
@@ -229,6 +231,7 @@ def _row(
         "tokens": result.tokens,
         "images": result.images,
         "samples": result.samples,
+        "shared_tokens_saved": result.sample_tokens - result.tokens,
         "seconds": seconds,
         "data_wait_share": waited / max(seconds, 1e-9),
         "tokens_per_second": result.tokens / max(seconds, 1e-9),

@@ -22,9 +22,10 @@ class StepResult:
     finite: bool
     grad_norms: dict[str, float]
     label_tokens: int
-    tokens: int
+    tokens: int  # positions computed
     images: int
     samples: int
+    sample_tokens: int  # tokens of the samples, each with its whole prefix: what separate rows would compute
     flops: float
     loss_by_source: dict[str, float]
 
@@ -47,12 +48,13 @@ def train_step(
             sum(row.num_label_tokens for row in rows),
             sum(row.num_tokens for row in rows),
             sum(row.num_images for row in rows),
-            sum(len(row.segment_lengths) for row in rows),
+            sum(row.num_samples for row in rows),
+            sum(row.num_sample_tokens for row in rows),
             sum(flops.of(row) for row in rows),
         ],
         dtype=torch.float64,
     )
-    label_tokens, tokens, images, samples, useful = ranks.sum(counts.to(ranks.device)).tolist()
+    label_tokens, tokens, images, samples, sample_tokens, useful = ranks.sum(counts.to(ranks.device)).tolist()
     by_source = torch.zeros(len(sources), 2, dtype=torch.float64, device=ranks.device)
     for row in rows:
         row = row.to(ranks.device, non_blocking=True)
@@ -77,6 +79,7 @@ def train_step(
         tokens=int(tokens),
         images=int(images),
         samples=int(samples),
+        sample_tokens=int(sample_tokens),
         flops=useful,
         loss_by_source={
             name: total / count for name, (total, count) in zip(sources, by_source.tolist(), strict=True) if count
@@ -86,8 +89,6 @@ def train_step(
 
 def _add_by_source(totals: Tensor, row: PackedBatch, per_position: Tensor, sources: list[str]) -> None:
     """Add each supervised position's loss to its sample's source."""
-    ends = torch.tensor(row.segment_lengths, device=per_position.device).cumsum(0)
     source_of_sample = torch.tensor([sources.index(s) for s in row.sources], device=per_position.device)
-    sample = torch.bucketize(row.supervised_positions, ends, right=True)
     pairs = torch.stack([per_position.double(), torch.ones_like(per_position, dtype=torch.float64)], 1)
-    totals.index_add_(0, source_of_sample[sample], pairs)
+    totals.index_add_(0, source_of_sample[row.sample_of_target], pairs)

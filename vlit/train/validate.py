@@ -9,7 +9,7 @@ import torch
 
 from vlit.answer import Answerer, Request
 from vlit.config.schema import DataConfig, ValidationConfig
-from vlit.data.collate import collate
+from vlit.data.collate import collate_samples
 from vlit.data.images import load_view
 from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
@@ -55,7 +55,9 @@ class Validator:
                 for i in members
                 for name in tokenised[i].images
             ]
-            self.batches.append(collate([tokenised[i] for i in members], views, image_size=tokenizer.spec.image_size))
+            self.batches.append(
+                collate_samples([tokenised[i] for i in members], views, image_size=tokenizer.spec.image_size)
+            )
         self.shown = [(sample, source) for sample, source in picked if sample.images][: config.sample_generations]
 
     def run(self, model: VisionLanguageModel) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from vlit.models.encoders._hf_model import (
     run_model,
     vision_class,
 )
-from vlit.models.hub import read_config
+from vlit.models.hub import dropouts, read_config
 from vlit.models.interfaces import Encoder, EncoderConfig, EncoderSpec
 from vlit.registry import ENCODERS
 from vlit.types import VisionTokens
@@ -166,6 +166,10 @@ class HfEncoderConfig(EncoderConfig):
                 f'model.encoder.final_norm: "{self.path}" ({cls.__name__}) has no norm after the blocks. Set it false.'
             )
         return cls, config, structure
+
+    def dropouts(self) -> dict[str, float]:
+        config = self._config()
+        return dropouts(getattr(config, "vision_config", None) or config)
 
     def _config(self) -> Any:
         with quiet_transformers():

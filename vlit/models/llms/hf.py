@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlit.errors import ModelError
 from vlit.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from vlit.models.attention import register
-from vlit.models.hub import read_config, set_recompute
+from vlit.models.hub import dropouts, read_config, set_recompute
 from vlit.models.interfaces import LanguageModel, LLMConfig
 from vlit.registry import LLMS
 
@@ -95,6 +95,9 @@ class HFLanguageModelConfig(LLMConfig):
 
     def tokenizer_path(self) -> str:
         return self.tokenizer or self.path
+
+    def dropouts(self) -> dict[str, float]:
+        return dropouts(self._config())
 
     def build(self, *, dtype: torch.dtype) -> HFLanguageModel:  # type: ignore[override]
         """Load weights in ``dtype`` with packed attention.
