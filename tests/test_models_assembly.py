@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.batches import Example, packed, random_example
 from tests.tiny import IMAGE_SIZE, LLM_KINDS, NUM_PATCHES, build_encoder, build_llm
@@ -97,20 +98,91 @@ def test_perturbing_one_sample_leaves_the_others_logits_alone(kind: str, tiny_di
     assert [differs[i] for i in (0, 2, 3)] == [0.0, 0.0, 0.0]
 
 
-def test_gradient_checkpointing_changes_no_gradient_with_a_frozen_and_a_trained_llm(tiny_dir: Path) -> None:
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_gradient_checkpointing_changes_no_gradient_with_a_frozen_and_a_trained_llm(
+    policy: str, tiny_dir: Path
+) -> None:
     for tuning in (TuningConfig(), TuningConfig(vision="full", llm="full")):
         model = assemble(tiny_dir)
         apply_tuning(model, tuning)
         batch = packed(examples(model))
         model.train()
         plain = gradients(model, [batch])
-        model.set_gradient_checkpointing(True)
+        model.set_gradient_checkpointing(policy)
         model.train()
         recomputed = gradients(model, [batch])
         assert plain.keys() == recomputed.keys()
         assert plain
         for name in plain:
             torch.testing.assert_close(plain[name], recomputed[name], rtol=1e-5, atol=1e-7)
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith(("aten.mm", "aten.addmm"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_repeats_no_product_and_full_keeps_least(tiny_dir: Path) -> None:
+    model = assemble(tiny_dir)
+    apply_tuning(model, TuningConfig(llm="full"))
+    batch = packed(examples(model))
+    products, held = {}, {}
+    for policy in ("none", "selective", "full"):
+        model.set_gradient_checkpointing(policy)
+        model.train()
+        kept: list[int] = []
+        with CountProducts() as counted:
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, k=kept: (k.append(x.numel()), x)[1], lambda x: x):
+                loss = model(batch).total
+            loss.backward()
+        products[policy], held[policy] = counted.count, sum(kept)
+    assert products["selective"] == products["none"] > 0
+    assert products["full"] > products["none"]
+    assert held["full"] < held["none"]
+
+
+def test_frozen_parts_cost_no_weight_gradient_and_a_frozen_encoder_no_backward(tiny_dir: Path) -> None:
+    counts = {}
+    for name, tuning in {
+        "align": TuningConfig(),
+        "instruct": TuningConfig(llm="full", embeddings="frozen"),
+        "all": TuningConfig(vision="full", llm="full", embeddings="frozen"),
+    }.items():
+        model = assemble(tiny_dir)
+        apply_tuning(model, tuning)
+        with CountProducts() as counted:
+            model(packed(examples(model))).total.backward()
+        counts[name] = counted.count
+    linears = [m for m in model.llm.trunk.modules() if isinstance(m, torch.nn.Linear)]
+    assert counts["instruct"] - counts["align"] == len(linears) > 10
+    in_blocks = [m for block in model.encoder.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert counts["all"] - counts["instruct"] >= 2 * len(in_blocks) - 3 > 0
+
+
+def test_compiled_blocks_give_the_same_gradients_and_one_graph_for_all_lengths(tiny_dir: Path) -> None:
+    model = assemble(tiny_dir)
+    apply_tuning(model, TuningConfig(llm="full"))
+    model.train()
+    rows = [packed(examples(model)[:n]) for n in (4, 1, 2, 3)] + [packed(examples(model)[1:])]
+    expected = [gradients(model, [row]) for row in rows]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_blocks()
+    graphs = []
+    for row, wanted in zip(rows, expected, strict=True):
+        found = gradients(model, [row])
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-6)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[-1], f"graphs after each row: {graphs}"
 
 
 def test_every_parameter_has_one_part_and_the_table_adds_up(tiny_dir: Path) -> None:

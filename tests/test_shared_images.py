@@ -94,7 +94,8 @@ def assert_equal_gradients(model: VisionLanguageModel, samples: list[TokenizedSa
     assert len(together) >= 4
     whole = torch.stack([grad.norm() for grad in apart.values()]).norm()
     for name, wanted in apart.items():
-        if not name.startswith("llm") and name.endswith(("k_proj.bias", "key.bias")):  # softmax ignores it: its gradient is 0, and what is computed is rounding
+        if not name.startswith("llm") and name.endswith(("k_proj.bias", "key.bias")):
+            # softmax ignores it: its gradient is 0, and what is computed is rounding
             assert max(wanted.norm(), together[name].norm()) < 1e-6 * whole
             continue
         error = float((together[name] - wanted).norm() / wanted.norm().clamp(min=1e-12))
@@ -113,7 +114,7 @@ TUNINGS = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("llm", ["llama", "llama_gqa"])
 def test_a_tree_gives_the_gradients_of_separate_records(

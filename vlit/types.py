@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,9 +170,13 @@ class PackedBatch:
     def num_images(self) -> int:
         return int(self.pixels.shape[0])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field name."""
+        return {f.name: v for f in fields(self) if hasattr(v := getattr(self, f.name), "shape")}
+
     def map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         """Copy of the batch with every tensor replaced by ``function`` of it."""
-        changed = {f.name: function(v) for f in fields(self) if hasattr(v := getattr(self, f.name), "shape")}
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
 
     def to(self, device: object, *, non_blocking: bool = False) -> PackedBatch:

@@ -65,7 +65,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config, self.spec = config, spec
         self.encoder, self.connector, self.fusion, self.llm = encoder, connector, fusion, llm
-        self._recompute = False
+        self._recompute = "none"
         self.image_mean: Tensor
         self.image_std: Tensor
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.image_mean, spec.image_std))
@@ -128,15 +128,26 @@ class VisionLanguageModel(nn.Module):
         for part in (self.encoder, self.connector, self.llm):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
-        for layer in self.llm.layers if mode and self._recompute else ():
+        for layer in self.llm.layers if mode and self._recompute != "none" else ():
             layer.training = True  # transformers recomputes only in training mode; its children stay as they are
         return self
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass, in the language model and in a trained encoder."""
-        if enabled == self._recompute:
+    def set_gradient_checkpointing(self, policy: str) -> None:
+        """Recompute activations in the backward pass, in the language model and in a trained encoder.
+
+        Args:
+            policy: ``none``, ``selective`` (keep matrix products and attention) or ``full`` (keep each block's input).
+        """
+        if policy == self._recompute:
             return
-        self._recompute = enabled
-        self.llm.set_gradient_checkpointing(enabled)
+        self._recompute = policy
+        self.llm.set_gradient_checkpointing(policy)
         if any(p.requires_grad for p in self.encoder.parameters()):
-            self.encoder.set_gradient_checkpointing(enabled)
+            self.encoder.set_gradient_checkpointing(policy)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks of language model and encoder with torch.compile; lengths stay symbolic, so rows of any length
+        share one graph.
+        """
+        for block in (*self.llm.layers, *self.encoder.blocks):
+            block.compile(dynamic=True)

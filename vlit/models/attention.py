@@ -20,6 +20,10 @@ NAME = "vlit_packed"
 _PACKED_MASK_SHAPE = (1, 1, 1, 1)
 
 
+_packed = torch.compiler.disable(packed_attention)
+"""Opaque to torch.compile: segments differ from row to row, and a graph must not depend on them."""
+
+
 def register() -> str:
     """Register the attention and mask functions once; returns the name to load a model with."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -64,7 +68,7 @@ def attention_forward(
         raise ModelError(f"{type(module).__name__} uses attention sinks, which packed attention does not support.")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if vlit_segments is not None:
-        out = packed_attention(
+        out = _packed(
             query[0],
             key[0],
             value[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,30 @@ def dropouts(config: Any) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if "drop" in k and isinstance(v, (int, float)) and float(v) > 0}
 
 
-def set_recompute(hf: Any, enabled: bool) -> None:
-    """Recompute a transformers model's blocks in the backward pass (non-reentrant), under either of its two names."""
+def set_recompute(hf: Any, policy: str) -> None:
+    """Recompute a transformers model's blocks in the backward pass (non-reentrant), under either of its two names.
+
+    ``full`` keeps a block's input only. ``selective`` also keeps the results of matrix products and attention, which cost
+    nearly all the time, and computes norms, rotations and activation functions again, which hold most of the memory.
+    """
     prefix = "activation" if hasattr(hf, "activation_checkpointing_enable") else "gradient"
-    if enabled:
-        getattr(hf, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
-    else:
+    if policy == "none":
         getattr(hf, f"{prefix}_checkpointing_disable")()
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    getattr(hf, f"{prefix}_checkpointing_enable")(options)
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    name = str(operator)
+    kept = name.startswith(("aten.mm", "aten.addmm", "aten._scaled_dot_product", "vlit."))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager

@@ -32,11 +32,18 @@ class Encoder(nn.Module):
 
     spec: EncoderSpec
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks: the longest module list."""
+        return list(max((m for m in self.modules() if isinstance(m, nn.ModuleList)), key=len, default=()))
+
     def forward(self, pixels_V3HW: Tensor) -> VisionTokens:
         raise NotImplementedError(f"{type(self).__name__} must implement forward")
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass (only called when the encoder is trained)."""
+    def set_gradient_checkpointing(self, policy: str) -> None:
+        """Recompute activations in the backward pass: ``none``, ``selective`` or ``full`` (only called when the encoder
+        is trained; an encoder that cannot recompute in part does so in full).
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement set_gradient_checkpointing")
 
 

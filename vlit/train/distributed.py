@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +63,33 @@ def start_ranks(runtime: RuntimeConfig) -> Ranks:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         torch.set_num_threads(runtime.num_threads or max(1, cores // local))
+        keep_freed_memory()
     return Ranks(state=state, device=state.device, rank=state.process_index, world_size=state.num_processes)
 
 
 def compute_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
-    """``auto``: bf16 on a GPU that has it, fp32 on a CPU."""
+    """``auto``: bf16 where the device multiplies it natively, else fp32."""
     if runtime.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bf16()
+        return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for reuse instead of returning it to the system; False elsewhere.
+
+    A step allocates and frees the same large buffers again and again. By default each comes from fresh pages, and clearing
+    them costs a tenth of a CPU training step.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    large = mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25)  # older versions refuse more
+    return bool(large and mallopt(m_trim_threshold, (1 << 31) - 1))

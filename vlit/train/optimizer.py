@@ -62,9 +62,8 @@ class TrainedWeights:
             if entries and wanted:
                 self.optimizers.append(torch.optim.Muon(entries, lr=lr, adjust_lr_fn="match_rms_adamw"))
             elif entries:
-                fused = all(m.is_cuda for m in self.masters.values())
                 self.optimizers.append(
-                    torch.optim.AdamW(entries, lr=lr, betas=config.betas, eps=config.eps, fused=fused or None)
+                    torch.optim.AdamW(entries, lr=lr, betas=config.betas, eps=config.eps, fused=True)
                 )
 
     def accumulate(self) -> None:
@@ -117,9 +116,9 @@ class TrainedWeights:
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Round the masters into the model."""
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        rounded = [(p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p]
+        if rounded:
+            torch._foreach_copy_([p for p, _ in rounded], [master for _, master in rounded])
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters by parameter name, for checkpoints."""

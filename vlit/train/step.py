@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,10 @@ def train_step(
     flops: UsefulFlops,
     sources: list[str],
 ) -> StepResult:
-    """Forward and backward over the step's micro-batches, then one update unless something is not finite."""
+    """Forward and backward over the step's micro-batches, then one update unless something is not finite.
+
+    The host waits for the device once, when all gradients are there.
+    """
     rows = [row for row in batch.micro_batches if row.num_tokens]
     counts = torch.tensor(
         [
@@ -54,17 +58,18 @@ def train_step(
         ],
         dtype=torch.float64,
     )
-    label_tokens, tokens, images, samples, sample_tokens, useful = ranks.sum(counts.to(ranks.device)).tolist()
+    counts = ranks.sum(counts.to(ranks.device, non_blocking=True))
+    labels = counts[0].clamp(min=1)
     by_source = torch.zeros(len(sources), 2, dtype=torch.float64, device=ranks.device)
-    for row in rows:
-        row = row.to(ranks.device, non_blocking=True)
+    for row, source_of_target in on_device(rows, ranks.device, sources):
         loss = model(row)
-        (loss.total / max(label_tokens, 1.0)).backward()
+        (loss.total / labels).backward()
         weights.accumulate()
-        _add_by_source(by_source, row, loss.per_position, sources)
+        by_source.index_add_(0, source_of_target, _with_count(loss.per_position))
     ranks.sum_all(list(weights.gradients().values()))
     norms = weights.norms()
     by_source = ranks.sum(by_source)
+    label_tokens, tokens, images, samples, sample_tokens, useful = counts.tolist()
     mean_loss = float(by_source[:, 0].sum()) / max(label_tokens, 1.0)
     finite = bool(torch.isfinite(norms["total"])) and mean_loss == mean_loss and abs(mean_loss) != float("inf")
     if finite and label_tokens > 0:
@@ -87,8 +92,39 @@ def train_step(
     )
 
 
-def _add_by_source(totals: Tensor, row: PackedBatch, per_position: Tensor, sources: list[str]) -> None:
-    """Add each supervised position's loss to its sample's source."""
-    source_of_sample = torch.tensor([sources.index(s) for s in row.sources], device=per_position.device)
-    pairs = torch.stack([per_position.double(), torch.ones_like(per_position, dtype=torch.float64)], 1)
-    totals.index_add_(0, source_of_sample[row.sample_of_target], pairs)
+def on_device(
+    rows: list[PackedBatch], device: torch.device, sources: list[str]
+) -> Iterator[tuple[PackedBatch, Tensor]]:
+    """Rows on the device, each with the source number of every target, int64 [L].
+
+    On a GPU the next row is copied on a stream of its own while the current one is computed.
+    """
+
+    def ready(row: PackedBatch) -> tuple[PackedBatch, Tensor]:
+        numbers = torch.tensor([sources.index(source) for source in row.sources])
+        source_of_target = numbers[row.sample_of_target]
+        if device.type == "cuda":
+            source_of_target = source_of_target.pin_memory()
+        return row.to(device, non_blocking=True), source_of_target.to(device, non_blocking=True)
+
+    if device.type != "cuda":
+        yield from map(ready, rows)
+        return
+    stream = torch.cuda.Stream(device)
+    upcoming: tuple[PackedBatch, Tensor] | None = None
+    for row in [*rows, None]:
+        current = upcoming
+        if current is not None:
+            torch.cuda.current_stream(device).wait_stream(stream)
+        if row is not None:
+            with torch.cuda.stream(stream):
+                upcoming = ready(row)
+        if current is not None:
+            for tensor in (*current[0].tensors().values(), current[1]):
+                tensor.record_stream(torch.cuda.current_stream(device))
+            yield current
+
+
+def _with_count(per_position: Tensor) -> Tensor:
+    """float64 [L, 2]: each position's loss and a one."""
+    return torch.stack([per_position.double(), torch.ones_like(per_position, dtype=torch.float64)], 1)

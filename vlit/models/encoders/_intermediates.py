@@ -117,5 +117,5 @@ class IntermediateEncoder(Encoder):
         tokens_VSC, num_prefix = read_features(self.tower, pixels, index=self.index, norm=self.final_norm)
         return VisionTokens(tokens_VSC if self.keep_prefix else tokens_VSC[:, num_prefix:])
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.tower.set_grad_checkpointing(enabled)  # type: ignore[operator]
+    def set_gradient_checkpointing(self, policy: str) -> None:
+        self.tower.set_grad_checkpointing(policy != "none")  # type: ignore[operator]

@@ -26,7 +26,7 @@ from vlit.models.encoders._hf_model import (
     run_model,
     vision_class,
 )
-from vlit.models.hub import dropouts, read_config
+from vlit.models.hub import dropouts, read_config, set_recompute
 from vlit.models.interfaces import Encoder, EncoderConfig, EncoderSpec
 from vlit.registry import ENCODERS
 from vlit.types import VisionTokens
@@ -82,12 +82,8 @@ class HfVisionEncoder(Encoder):
         self.training = mode
         return self
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        tower: Any = self.hf
-        if enabled:
-            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            tower.gradient_checkpointing_disable()
+    def set_gradient_checkpointing(self, policy: str) -> None:
+        set_recompute(self.hf, policy)
 
 
 @ENCODERS.register("hf")

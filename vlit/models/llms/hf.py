@@ -71,9 +71,9 @@ class HFLanguageModel(LanguageModel):
         logits = self.head(hidden) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block's activations in the backward pass (non-reentrant)."""
-        set_recompute(self.hf, enabled)
+    def set_gradient_checkpointing(self, policy: str) -> None:
+        """Recompute each block's activations in the backward pass: ``none``, ``selective`` or ``full``."""
+        set_recompute(self.hf, policy)
 
 
 @LLMS.register("hf")
