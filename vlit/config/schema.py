@@ -210,6 +210,9 @@ class RuntimeConfig(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`bf16`: weights and activations in bfloat16 with fp32 master weights. `auto`: bf16 where the GPU or CPU multiplies it
     natively (AVX512-BF16, AMX), else fp32."""
+    attention: Literal["auto", "triton", "flash", "blocked", "dense", "flex", "varlen"] = "auto"
+    """Attention of the language model. `auto` takes the fastest exact one: `triton` on a GPU, `flash` (C kernel) or `blocked`
+    on a CPU, `dense` (PyTorch's own) for windows and soft caps. `flex` and `varlen` are torch's, for comparison on a GPU."""
     compile: bool = False
     """Compile the blocks with torch.compile: about a tenth faster; the first step takes about a minute longer."""
     num_threads: PositiveInt | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlit.config.schema import ModelConfig
-from vlit.kernels.attention import segments_of
+from vlit.kernels.attention import Backend, segments_of
 from vlit.kernels.cross_entropy import CrossEntropy
 from vlit.models.attention import packed_arguments
 from vlit.models.interfaces import Connector, Encoder
@@ -65,6 +65,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config, self.spec = config, spec
         self.encoder, self.connector, self.fusion, self.llm = encoder, connector, fusion, llm
+        self.attention_backend: Backend = "auto"
         self._recompute = "none"
         self.image_mean: Tensor
         self.image_std: Tensor
@@ -100,7 +101,7 @@ class VisionLanguageModel(nn.Module):
         return self.llm.hidden_states(
             embeds_TD.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
-            **packed_arguments(segments, batch.input_ids.device),
+            **packed_arguments(segments, batch.input_ids.device, self.attention_backend),
             **layer_arguments,
         )[0]
 

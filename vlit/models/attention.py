@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlit.errors import ModelError
-from vlit.kernels.attention import Segments, packed_attention
+from vlit.kernels.attention import Backend, Segments, packed_attention
 
 NAME = "vlit_packed"
 _PACKED_MASK_SHAPE = (1, 1, 1, 1)
@@ -34,12 +34,13 @@ def register() -> str:
     return NAME
 
 
-def packed_arguments(segments: Segments, device: torch.device) -> dict[str, Any]:
+def packed_arguments(segments: Segments, device: torch.device, backend: Backend = "auto") -> dict[str, Any]:
     """Keyword arguments that make a decoder's forward treat its one row as packed segments."""
     return {
         "attention_mask": torch.zeros(_PACKED_MASK_SHAPE, dtype=torch.bool, device=device),
         "use_cache": False,
         "vlit_segments": segments,
+        "vlit_backend": backend,
     }
 
 
@@ -54,6 +55,7 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     vlit_segments: Segments | None = None,
+    vlit_backend: Backend = "auto",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer: query ``[B, H, T, E]``, key/value ``[B, K, T', E]`` -> ``[B, T, H, E]``.
@@ -77,6 +79,7 @@ def attention_forward(
             sliding_window=sliding_window,
             softcap=softcap,
             dropout=dropout,
+            backend=vlit_backend,
         )
         return out.unsqueeze(0), None
     if attention_mask is not None and tuple(attention_mask.shape) == _PACKED_MASK_SHAPE and query.shape[2] > 1:

@@ -1,15 +1,56 @@
-"""Causal attention over packed rows: a sample never sees its neighbour, siblings share their prefix."""
+"""Causal attention over packed rows: a sample never sees its neighbour, siblings share their prefix.
+
+One function, several backends:
+
+| backend   | where | what |
+|-----------|-------|------|
+| `triton`  | GPU   | our fused kernels, forward and deterministic backward |
+| `flash`   | CPU   | our fused C kernel, bf16 (AVX512-BF16) |
+| `blocked` | CPU   | blocked matrix products and a C softmax |
+| `dense`   | any   | PyTorch's own attention on gathered segments; every option; the truth of the others |
+| `flex`    | GPU   | torch's FlexAttention, for comparison |
+| `varlen`  | GPU   | torch's `varlen_attn`, for comparison; rows without shared prefixes |
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vlit.kernels.attention.blocked import blocked_attention
-from vlit.kernels.attention.dense import dense_attention
 from vlit.kernels.attention.segments import NO_PARENT, Family, Segments, make_segments, segments_of
 
-__all__ = ["NO_PARENT", "Family", "Segments", "make_segments", "packed_attention", "segments_of"]
+__all__ = [
+    "NO_PARENT",
+    "Backend",
+    "Family",
+    "Segments",
+    "choose_backend",
+    "make_segments",
+    "packed_attention",
+    "segments_of",
+]
+
+Backend = Literal["auto", "triton", "flash", "blocked", "dense", "flex", "varlen"]
+
+
+def choose_backend(q_HTE: Tensor, k_KTE: Tensor, segments: Segments, *, options: bool = False) -> Backend:
+    """The fastest exact backend for these queries; ``options``: a window, soft cap or dropout is asked for.
+
+    On a GPU the Triton kernels are taken once they have proved right there (see ``proof.py``).
+    """
+    if options:
+        return "dense"
+    if q_HTE.device.type == "cuda":
+        return "triton" if _triton_works(q_HTE, k_KTE) else "dense"
+    if q_HTE.device.type == "cpu":
+        if q_HTE.dtype == torch.bfloat16:
+            return "blocked"
+        return "blocked" if any(parent != NO_PARENT for parent in segments.parents) else "dense"
+    return "dense"
 
 
 def packed_attention(
@@ -22,6 +63,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    backend: Backend = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ + mask) v, where row t sees ``[prefix_lo, prefix_hi)`` and ``[segment_lo, t]`` and nothing else.
 
@@ -30,15 +72,60 @@ def packed_attention(
         sliding_window: a query sees at most this many positions, itself included (Mistral, Gemma).
         softcap: logits become ``softcap · tanh(logits / softcap)`` (Gemma 2).
         dropout: probability of dropping an attention weight.
+        backend: a window that cannot hide anything, and no soft cap and dropout, leave the choice free; else ``dense``.
 
     Returns:
         ``[T, H, E]``.
+
+    Raises:
+        ValueError, NotImplementedError: the named backend cannot do what is asked, or not on this machine.
     """
-    plain = sliding_window is None and softcap is None and not dropout
-    shared = any(parent != NO_PARENT for parent in segments.parents)
-    if plain and q_HTE.device.type == "cpu" and (q_HTE.dtype == torch.bfloat16 or shared):
-        return blocked_attention(q_HTE, k_KTE, v_KTE, segments=segments, scale=scale)
-    return dense_attention(
-        q_HTE, k_KTE, v_KTE, segments=segments, scale=scale, sliding_window=sliding_window, softcap=softcap,
-        dropout=dropout,
-    )  # fmt: skip
+    if sliding_window is not None and sliding_window >= segments.longest:
+        sliding_window = None
+    options = sliding_window is not None or softcap is not None or bool(dropout)
+    chosen = choose_backend(q_HTE, k_KTE, segments, options=options) if backend == "auto" else backend
+    if chosen == "dense":
+        from vlit.kernels.attention.dense import dense_attention
+
+        return dense_attention(
+            q_HTE, k_KTE, v_KTE, segments=segments, scale=scale, sliding_window=sliding_window, softcap=softcap,
+            dropout=dropout,
+        )  # fmt: skip
+    if options:
+        raise ValueError(
+            f"attention backend {chosen} knows no sliding window, soft cap or dropout (asked for: {sliding_window}, "
+            f"{softcap}, {dropout}). Use auto or dense."
+        )
+    return _function(chosen)(q_HTE, k_KTE, v_KTE, segments=segments, scale=scale)
+
+
+def _function(backend: str) -> Callable[..., Tensor]:
+    if backend == "triton":
+        from vlit.kernels.attention.triton import triton_attention
+
+        return triton_attention
+    if backend == "flash":
+        from vlit.kernels.attention.flash_cpu import flash_cpu_attention
+
+        return flash_cpu_attention
+    if backend == "blocked":
+        from vlit.kernels.attention.blocked import blocked_attention
+
+        return blocked_attention
+    if backend in ("flex", "varlen"):
+        from vlit.kernels.attention import gpu_peers
+
+        return gpu_peers.flex_attention if backend == "flex" else gpu_peers.varlen_attention
+    raise ValueError(
+        f"unknown attention backend {backend!r}. Known: auto, triton, flash, blocked, dense, flex, varlen."
+    )
+
+
+def _triton_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:
+    if find_spec("triton") is None or q_HTE.shape[-1] > 256:
+        return False
+    from vlit.kernels.attention.proof import proves_right
+    from vlit.kernels.attention.triton import triton_attention
+
+    groups = q_HTE.shape[0] // k_KTE.shape[0]
+    return proves_right(triton_attention, q_HTE.device, q_HTE.dtype, q_HTE.shape[-1], groups)

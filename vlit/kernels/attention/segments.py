@@ -75,6 +75,11 @@ class Segments:
         """Tokens of the prefix each segment continues; 0 without one."""
         return tuple(0 if parent == NO_PARENT else self.lengths[parent] for parent in self.parents)
 
+    @cached_property
+    def longest(self) -> int:
+        """Most keys that any row sees."""
+        return max(length + prefix for length, prefix in zip(self.lengths, self.prefix_lengths, strict=True))
+
     @property
     def single(self) -> bool:
         """The row is one sample."""
