@@ -3,18 +3,28 @@
 Decoding rules, the same for every file: EXIF orientation is applied (as people see the picture; LLaVA ignores it);
 transparency is laid over the encoder's mean colour, so dark and light drawings both stay visible (``convert("RGB")``
 would show whatever colour the invisible pixels hold); 16-bit grey is scaled to 8 bits, not clipped; CMYK and palettes
-are converted; of an animation the first frame is taken. JPEGs are decoded at full size: PIL's faster ``draft`` decoding
-changes pixels, and `crop` equals transformers' CLIP processor bit for bit.
+are converted; of an animation the first frame is taken.
+
+Two ways to the same view. *Exact*: the file is decoded at full size and resized by PIL, so `crop` equals transformers'
+CLIP processor bit for bit. *Fast* differs in two places; figures are for photographs and 336-pixel views:
+
+- The last resize is torch's antialiased one for bytes, about four times as fast. 0.006 of 255 levels on average, PSNR
+  above 70 dB; 0.24 and 54 dB where PIL resizes columns before rows (`squash` of tall pictures, Pillow #9549).
+- A JPEG at least twice as large as its view needs is decoded at 1/2, 1/4 or 1/8 of its size (the decoder leaves out
+  frequencies), so that the last resize still halves at least: 45 to 55 dB, below 0.9 levels on average, single pixels up
+  to 24. Decoding down to once the size would give 33 to 45 dB. A size that the factor does not divide is resized from a
+  box that ends between pixels; without it odd sizes fall to 23 dB.
 """
 
 from __future__ import annotations
 
 import warnings
+from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlit.errors import DataError
 from vlit.types import ModelSpec
@@ -23,6 +33,12 @@ Policy = Literal["pad", "crop", "squash"]
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (PIL's own limit for refusing a decompression bomb): about 13,377 by 13,377."""
 _EXTREME_RATIO = 32
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -45,14 +61,48 @@ def resolve_image(image: str, image_root: Path) -> Path:
     return image_root / path
 
 
-def load_view(path: Path, *, policy: Policy, spec: ModelSpec) -> np.ndarray:
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels; may fall between them."""
+Side = Literal["short", "long"]
+
+
+class _Decoded(NamedTuple):
+    """An upright RGB picture of ``width`` by ``height``, held in ``ceil(width / scale)`` by ``ceil(height / scale)``
+    pixels. With a scale that does not divide a side, its last pixel lies partly outside the picture.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    scale: int
+
+    @property
+    def box(self) -> Box:
+        """Where the picture lies on the pixels."""
+        return 0.0, 0.0, self.width / self.scale, self.height / self.scale
+
+
+def load_view(path: Path, *, policy: Policy, spec: ModelSpec, exact: bool = False) -> np.ndarray:
     """uint8 [3, ``spec.image_size``, ``spec.image_size``], RGB, not normalised.
+
+    ``pad``: LLaVA's ``expand2square`` with the mean colour, then resize. ``crop``: CLIP's processor (short side to
+    size, centre cut). ``squash``: resize both sides. ``exact``: the reference's pixels, at half the speed and less (see
+    the module).
 
     Raises:
         DataError: the file is missing, not an image, damaged, or larger than ``MAX_PIXELS``.
     """
-    view = view_of(open_rgb(path, background=mean_colour(spec)), policy=policy, spec=spec)
-    return np.ascontiguousarray(np.asarray(view, dtype=np.uint8).transpose(2, 0, 1))
+    size, colour = spec.image_size, mean_colour(spec)
+    at_least = None if exact else 2 * size
+    decoded = _decode(path, colour, at_least, "long" if policy == "pad" else "short")
+    image, box, new = decoded.image, decoded.box, (size, size)
+    if policy == "pad":
+        image, box = _pad(decoded, size, colour, _RESAMPLE[spec.resample], exact)
+    elif policy == "crop":
+        image, box, new = _crop(decoded, size)
+    view = _resize(image, box, new, spec.resample, exact)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    return np.ascontiguousarray(view[:, top : top + size, left : left + size])
 
 
 def mean_colour(spec: ModelSpec) -> tuple[int, int, int]:
@@ -61,8 +111,21 @@ def mean_colour(spec: ModelSpec) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def open_rgb(path: Path, *, background: tuple[int, int, int]) -> Image.Image:
-    """Decode a file into an upright RGB picture; transparent parts show ``background``."""
+def open_rgb(
+    path: Path, *, background: tuple[int, int, int], at_least: int | None = None, side: Side = "short"
+) -> Image.Image:
+    """Decode a file into an upright RGB picture; transparent parts show ``background``.
+
+    With ``at_least``, a JPEG may come at 1/2, 1/4 or 1/8 of its size, which is faster, as long as its short (or long)
+    ``side`` keeps that many pixels.
+
+    Raises:
+        DataError: the file is missing, not an image, damaged, or larger than ``MAX_PIXELS``.
+    """
+    return _decode(path, background, at_least, side).image
+
+
+def _decode(path: Path, background: tuple[int, int, int], at_least: int | None, side: Side) -> _Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -72,8 +135,13 @@ def open_rgb(path: Path, *, background: tuple[int, int, int]) -> Image.Image:
                     raise DataError(
                         f"{path}: {width} x {height} pixels, more than {MAX_PIXELS:,}. Make the picture smaller."
                     )
+                scale = 1 if at_least is None else _draft(image, at_least, side)
                 image.load()
-                return _to_rgb(_upright(image), background)
+                method = _UPRIGHT.get(_orientation(image))
+                upright = image if method is None else image.transpose(method)
+                if method is not None:
+                    width, height = upright.width * scale, upright.height * scale
+                return _Decoded(_to_rgb(upright, background), width, height, scale)
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image does not exist. Check images: of its data source.") from error
     except Image.DecompressionBombError as error:
@@ -84,56 +152,82 @@ def open_rgb(path: Path, *, background: tuple[int, int, int]) -> Image.Image:
         raise DataError(f"{path}: the image cannot be decoded ({error}). Replace the file.") from error
 
 
-def view_of(image: Image.Image, *, policy: Policy, spec: ModelSpec) -> Image.Image:
-    """An RGB picture brought to the encoder's square size.
+def _draft(image: Image.Image, at_least: int, side: Side) -> int:
+    """Ask for a reduced decoding of a JPEG and return its factor: the largest that leaves ``at_least`` pixels.
 
-    ``pad``: LLaVA's ``expand2square`` with the mean colour, then resize. ``crop``: CLIP's processor (short side to
-    size, centre cut). ``squash``: resize both sides.
+    Pictures that are stored rotated need a factor that divides both sides, or their partial last pixels would become
+    the first ones. Strips are decoded whole: their short side has no pixel to give.
     """
-    size, resample = spec.image_size, _RESAMPLE[spec.resample]
-    if policy == "crop":
-        return _crop(image, size, resample)
-    if policy == "pad":
-        image = _pad(image, size, mean_colour(spec), resample)
-    return image if image.size == (size, size) else image.resize((size, size), resample)
+    short, long = sorted(image.size)
+    if image.format not in ("JPEG", "MPO") or long >= _EXTREME_RATIO * short:
+        return 1
+    length, upright = (long if side == "long" else short), _orientation(image) not in _UPRIGHT
+    for factor in (8, 4, 2):
+        if length >= factor * at_least and (upright or short % factor == long % factor == 0):
+            drafted = image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+            return 1 if drafted is None else round(long / max(drafted[1]))
+    return 1
 
 
-def _pad(image: Image.Image, size: int, colour: tuple[int, int, int], resample: Image.Resampling) -> Image.Image:
-    width, height = image.size
+def _orientation(image: Image.Image) -> int:
+    """How the picture is stored, as EXIF numbers it: 1 is upright."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except (SyntaxError, ValueError, TypeError, KeyError, OSError, AttributeError):  # damaged EXIF, sound pixels
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _pad(
+    decoded: _Decoded, size: int, colour: tuple[int, int, int], resample: Image.Resampling, exact: bool
+) -> tuple[Image.Image, Box]:
+    """The picture on a square of its mean colour, and where the square lies on the pixels of the result."""
+    image, width, height, scale = decoded
     if width == height:
-        return image
+        return image, decoded.box
     side = max(width, height)
     if side > size and side >= _EXTREME_RATIO * min(width, height):  # the square of a 20000 x 10 strip would be 1.2 GB
-        scale = size / side
-        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resample)
+        shrink = size / side
+        image = image.resize((max(1, round(width * shrink)), max(1, round(height * shrink))), resample)
         (width, height), side = image.size, size
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    left, top = (side - width) // 2 / scale, (side - height) // 2 / scale
+    across, down = side / scale, side / scale
+    if exact and width > height:  # PIL resizes rows, then columns: rows of padding need no resizing to be the same
+        image, across = image.resize((size, height), resample), size
+    elif scale > 1:  # a last pixel that is mostly outside would stand on the padding
+        trimmed = (round(width / scale), image.height) if width < height else (image.width, round(height / scale))
+        image = image.crop((0, 0, *trimmed))
+    x, y = ceil(left), ceil(top)
+    box = (x - left, y - top, x - left + across, y - top + down)
+    canvas = Image.new("RGB", (ceil(box[2]), ceil(box[3])), colour)
+    canvas.paste(image, (x, y))
+    return canvas, box
 
 
-def _crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    width, height = image.size
+def _crop(decoded: _Decoded, size: int) -> tuple[Image.Image, Box, tuple[int, int]]:
+    """The picture, where it lies on the pixels, and the size to resize it to before the centre is cut out."""
+    image, width, height, _ = decoded
+    box = decoded.box
     short, long = sorted((width, height))
     if long >= _EXTREME_RATIO * short:  # keep the middle: the ends of a strip would be enlarged only to be cut off
         keep = _EXTREME_RATIO * short
         left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
         image = image.crop((left, top, left + min(width, keep), top + min(height, keep)))
         width, height = image.size
+        box = (0.0, 0.0, width, height)
         short, long = sorted((width, height))
     new_long = int(size * long / short)
-    new = (size, new_long) if width <= height else (new_long, size)
-    if image.size != new:
-        image = image.resize(new, resample)
-    left, top = (new[0] - size) // 2, (new[1] - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return image, box, (size, new_long) if width <= height else (new_long, size)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, TypeError, KeyError, OSError, AttributeError):  # damaged EXIF, sound pixels
-        return image
+def _resize(image: Image.Image, box: Box, new: tuple[int, int], resample: str, exact: bool) -> np.ndarray:
+    """uint8 [3, new height, new width] of the part ``box``."""
+    if exact or box != (0, 0, *image.size) or image.size == new:
+        return np.asarray(image.resize(new, _RESAMPLE[resample], box=box)).transpose(2, 0, 1)
+    import torch  # here, so that indexing and checking data stay light
+
+    pixels_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    return torch.nn.functional.interpolate(pixels_1CHW, (new[1], new[0]), mode=resample, antialias=True)[0].numpy()
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

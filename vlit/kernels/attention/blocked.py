@@ -2,7 +2,8 @@
 
 PyTorch's bf16 attention on CPU reaches about a tenth of the matmul rate. Here a block of query rows meets all keys it can
 see in one batched product, a softmax and a second product, so nearly all time is spent inside the matmul library. Nothing
-outside the prefix range and the own range is computed, except inside the last tile of a block, where the mask lies.
+outside the prefix range and the own range is computed, except inside the last tile of a block, where the mask lies. Short
+neighbours share a block and meet there as weight 0 times value: any finite value is hidden, a NaN is not.
 
     S = scale · q kᵀ + mask,  P = softmax(S),  o = P v
     dV = Pᵀ dO,  dS = P ∘ (dP - rowsum(P ∘ dP)) with dP = dO vᵀ,  dQ = scale · dS k,  dK = scale · dSᵀ q
