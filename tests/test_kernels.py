@@ -1,4 +1,4 @@
-"""Packed attention and chunked cross-entropy against plain PyTorch written the obvious way."""
+"""Packed attention and splicing against plain PyTorch written the obvious way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
-from vlit.kernels import cross_entropy
 from vlit.kernels.attention import make_segments, packed_attention
-from vlit.kernels.cross_entropy import linear_cross_entropy
 from vlit.kernels.splice import splice_tokens
 
 
@@ -90,41 +87,6 @@ def test_a_sample_never_sees_its_neighbour() -> None:
 def test_segments_refuse_an_empty_sample() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         make_segments([3, 0])
-
-
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("bias", [False, True])
-def test_chunked_cross_entropy_equals_pytorch(
-    monkeypatch: pytest.MonkeyPatch, softcap: float | None, bias: bool
-) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 50)  # 7 positions a chunk: 23 positions = 4 chunks
-    torch.manual_seed(0)
-    hidden = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
-    offset = torch.randn(50, dtype=torch.float64, requires_grad=True) if bias else None
-    targets = torch.randint(0, 50, (23,))
-    inputs = [x for x in (hidden, weight, offset) if x is not None]
-    logits = 0.7 * F.linear(hidden, weight, offset)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    each = F.cross_entropy(logits, targets, reduction="none")
-    ours = linear_cross_entropy(hidden, weight, targets, bias_V=offset, softcap=softcap, logit_scale=0.7)
-    torch.testing.assert_close(ours.per_position.double(), each, rtol=1e-5, atol=1e-5)
-    wanted = torch.autograd.grad(0.25 * each.sum(), inputs)
-    found = torch.autograd.grad(0.25 * ours.total, inputs)
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_a_frozen_head_gets_no_weight_gradient_and_no_positions_give_zero() -> None:
-    hidden = torch.randn(5, 8, requires_grad=True)
-    weight = torch.randn(11, 8)
-    linear_cross_entropy(hidden, weight, torch.randint(0, 11, (5,))).total.backward()
-    assert weight.grad is None
-    assert hidden.grad is not None
-    none = linear_cross_entropy(hidden[:0], weight, torch.empty(0, dtype=torch.int64))
-    assert none.total.item() == 0.0
-    none.total.backward()
 
 
 def test_splice_puts_vision_tokens_in_reading_order() -> None:

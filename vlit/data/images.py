@@ -9,7 +9,7 @@ Two ways to the same view. *Exact*: the file is decoded at full size and resized
 CLIP processor bit for bit. *Fast* differs in two places; figures are for photographs and 336-pixel views:
 
 - The last resize is torch's antialiased one for bytes, about four times as fast. 0.006 of 255 levels on average, PSNR
-  above 70 dB; 0.24 and 54 dB where PIL resizes columns before rows (`squash` of tall pictures, Pillow #9549).
+  above 70 dB; 0.24 and 54 dB where PIL resizes columns before rows (mostly `squash` of tall pictures, Pillow #9549).
 - A JPEG at least twice as large as its view needs is decoded at 1/2, 1/4 or 1/8 of its size (the decoder leaves out
   frequencies), so that the last resize still halves at least: 45 to 55 dB, below 0.9 levels on average, single pixels up
   to 24. Decoding down to once the size would give 33 to 45 dB. A size that the factor does not divide is resized from a
@@ -92,15 +92,17 @@ def load_view(path: Path, *, policy: Policy, spec: ModelSpec, exact: bool = Fals
     Raises:
         DataError: the file is missing, not an image, damaged, or larger than ``MAX_PIXELS``.
     """
-    size, colour = spec.image_size, mean_colour(spec)
-    at_least = None if exact else 2 * size
-    decoded = _decode(path, colour, at_least, "long" if policy == "pad" else "short")
+    size, colour, resample = spec.image_size, mean_colour(spec), spec.resample
+    decoded = _decode(path, colour, None if exact else 2 * size, "long" if policy == "pad" else "short")
     image, box, new = decoded.image, decoded.box, (size, size)
     if policy == "pad":
-        image, box = _pad(decoded, size, colour, _RESAMPLE[spec.resample], exact)
+        image, box = _square(decoded, size, _RESAMPLE[resample])
     elif policy == "crop":
         image, box, new = _crop(decoded, size)
-    view = _resize(image, box, new, spec.resample, exact)
+    if exact or any(edge % 1 for edge in box):
+        view = _resize_exact(image, box, new, colour, _RESAMPLE[resample])
+    else:
+        view = _resize_fast(image, box, new, colour, resample)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     return np.ascontiguousarray(view[:, top : top + size, left : left + size])
 
@@ -178,30 +180,19 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _pad(
-    decoded: _Decoded, size: int, colour: tuple[int, int, int], resample: Image.Resampling, exact: bool
-) -> tuple[Image.Image, Box]:
-    """The picture on a square of its mean colour, and where the square lies on the pixels of the result."""
+def _square(decoded: _Decoded, size: int, resample: Image.Resampling) -> tuple[Image.Image, Box]:
+    """The picture and the square around it, which reaches beyond its pixels; LLaVA rounds the left and top margin down."""
     image, width, height, scale = decoded
-    if width == height:
-        return image, decoded.box
     side = max(width, height)
     if side > size and side >= _EXTREME_RATIO * min(width, height):  # the square of a 20000 x 10 strip would be 1.2 GB
         shrink = size / side
         image = image.resize((max(1, round(width * shrink)), max(1, round(height * shrink))), resample)
         (width, height), side = image.size, size
-    left, top = (side - width) // 2 / scale, (side - height) // 2 / scale
-    across, down = side / scale, side / scale
-    if exact and width > height:  # PIL resizes rows, then columns: rows of padding need no resizing to be the same
-        image, across = image.resize((size, height), resample), size
-    elif scale > 1:  # a last pixel that is mostly outside would stand on the padding
+    elif scale > 1 and width != height:  # a last pixel that is mostly outside would stand on the padding
         trimmed = (round(width / scale), image.height) if width < height else (image.width, round(height / scale))
         image = image.crop((0, 0, *trimmed))
-    x, y = ceil(left), ceil(top)
-    box = (x - left, y - top, x - left + across, y - top + down)
-    canvas = Image.new("RGB", (ceil(box[2]), ceil(box[3])), colour)
-    canvas.paste(image, (x, y))
-    return canvas, box
+    left, top = -((side - width) // 2) / scale, -((side - height) // 2) / scale
+    return image, (left, top, left + side / scale, top + side / scale)
 
 
 def _crop(decoded: _Decoded, size: int) -> tuple[Image.Image, Box, tuple[int, int]]:
@@ -220,13 +211,38 @@ def _crop(decoded: _Decoded, size: int) -> tuple[Image.Image, Box, tuple[int, in
     return image, box, (size, new_long) if width <= height else (new_long, size)
 
 
-def _resize(image: Image.Image, box: Box, new: tuple[int, int], resample: str, exact: bool) -> np.ndarray:
-    """uint8 [3, new height, new width] of the part ``box``."""
-    if exact or box != (0, 0, *image.size) or image.size == new:
-        return np.asarray(image.resize(new, _RESAMPLE[resample], box=box)).transpose(2, 0, 1)
+def _resize_exact(
+    image: Image.Image, box: Box, new: tuple[int, int], colour: tuple[int, int, int], resample: Image.Resampling
+) -> np.ndarray:
+    """uint8 [3, new height, new width] of the part ``box``, by PIL; what lies outside of the picture has the colour."""
+    left, top, right, bottom = box
+    if left >= 0 and right <= image.width and (top < 0 or bottom > image.height):
+        # PIL resizes a square's rows, then its columns: rows of padding need no resizing to be the same
+        image = image.resize((new[0], image.height), resample, box=(left, 0, right, image.height))
+        left, right = 0, new[0]
+    x, y = max(0, ceil(-left)), max(0, ceil(-top))
+    box = left + x, top + y, right + x, bottom + y
+    canvas_size = max(image.width, ceil(box[2])), max(image.height, ceil(box[3]))
+    if canvas_size != image.size:
+        canvas = Image.new("RGB", canvas_size, colour)
+        canvas.paste(image, (x, y))
+        image = canvas
+    return np.asarray(image.resize(new, resample, box=box)).transpose(2, 0, 1)
+
+
+def _resize_fast(
+    image: Image.Image, box: Box, new: tuple[int, int], colour: tuple[int, int, int], resample: str
+) -> np.ndarray:
+    """The same by torch; the edges of ``box`` lie between pixels and it holds the whole picture."""
     import torch  # here, so that indexing and checking data stay light
 
-    pixels_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    left, top, right, bottom = (int(edge) for edge in box)
+    pixels_HWC = np.empty((bottom - top, right - left, 3), np.uint8)  # few large buffers: their page faults cost time
+    if pixels_HWC.shape[:2] != (image.height, image.width):
+        pixels_HWC[0] = colour
+        pixels_HWC[1:] = pixels_HWC[0]
+    pixels_HWC[-top : image.height - top, -left : image.width - left] = np.asarray(image)
+    pixels_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)
     return torch.nn.functional.interpolate(pixels_1CHW, (new[1], new[0]), mode=resample, antialias=True)[0].numpy()
 
 

@@ -79,10 +79,10 @@ def _softmax_loss_(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and logsumexp of each row, ``[B, 1]``; then, if needed, ``z`` becomes the gradient of its rows.
 
-    The gradient is that of the logits times `logit_scale`, so it lacks that factor. ``scratch`` (which may be ``z``)
-    holds the arithmetic.
+    The gradient is that of the scaled logits: the factor `logit_scale` is left to the backward pass. The arithmetic
+    happens in ``scratch``, which may be ``z`` itself.
 
-    ``torch.softmax`` is several times faster than exp, sum and division, but keeps its normaliser to itself. The largest
+    ``torch.softmax`` is over twice as fast as exp, sum and division, but keeps its normaliser to itself. The largest
     probability, never below 1/V, gives it back: logsumexp(z) = max z - log max softmax(z).
     """
     softcap, logit_scale, z_loss = transform
@@ -135,9 +135,10 @@ def _loss_and_gradients(
     transform: _Transform,
     need: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, _Gradients]:
-    """Total, loss of each position, and those gradients (hidden, weight, bias; without `logit_scale`) that ``need`` asks.
+    """Total, each position's loss, and the gradients (of hidden, weight, bias) that ``need`` asks for.
 
-    Gradients are fp32 until the backward pass where products come in fp32 (CUDA), else in the dtype of their input.
+    The gradients lack the factor `logit_scale`. They are fp32 where products come in fp32 (CUDA), else in the dtype of
+    their input; the backward pass casts the former while it scales them.
     """
     need_hidden, need_weight, need_bias = need
     dtype, exact, vocabulary = hidden_LD.dtype, _exact(hidden_LD.dtype), len(weight_VD)
@@ -154,7 +155,7 @@ def _loss_and_gradients(
     grad_hidden = torch.empty_like(hidden_LD, dtype=wide) if need_hidden else None
     grad_weight = torch.empty_like(weight_VD, dtype=summed) if need_weight else None
     product_VD = torch.empty_like(weight_VD) if need_weight and summed != wide else None
-    grad_bias = torch.zeros_like(weight_VD[:, 0], dtype=exact) if need_bias else None
+    grad_bias = weight_VD.new_zeros(vocabulary, dtype=exact) if need_bias else None
 
     for start in range(0, max(1, len(hidden_LD)), rows):
         chunk = slice(start, start + rows)

@@ -8,30 +8,69 @@ through instead of building a T x T one; the segments travel as a keyword argume
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlit.errors import ModelError
-from vlit.kernels.attention import Backend, Segments, packed_attention
+from vlit.kernels.attention import (
+    Backend,
+    Segments,
+    full_attention,
+    full_attention_is_fused,
+    packed_attention,
+)
 
 NAME = "vlit_packed"
+ENCODER_NAME = "vlit_encoder"
 _PACKED_MASK_SHAPE = (1, 1, 1, 1)
 
 
-_packed = torch.compiler.disable(packed_attention)
+_packed, _full = torch.compiler.disable(packed_attention), torch.compiler.disable(full_attention)
 """Opaque to torch.compile: segments differ from row to row, and a graph must not depend on them."""
 
 
 def register() -> str:
-    """Register the attention and mask functions once; returns the name to load a model with."""
+    """Register the decoder's attention and mask functions; returns the name to load a model with."""
+    return _register(NAME, attention_forward)
+
+
+def register_encoder() -> str:
+    """Register the attention of vision encoders; returns the name to load a model with."""
+    return _register(ENCODER_NAME, encoder_attention_forward)
+
+
+def _register(name: str, function: Callable[..., Any]) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def encoder_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a vision layer, every patch sees all: ``[B, H, S, E]`` -> ``[B, S, H, E]``.
+
+    The fused C kernel in bf16 on a CPU that has it, PyTorch's fused attention elsewhere.
+    """
+    if attention_mask is None and not dropout and full_attention_is_fused(query):
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return _full(query, key, value, scale=scale), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def packed_arguments(segments: Segments, device: torch.device, backend: Backend = "auto") -> dict[str, Any]:

@@ -29,6 +29,8 @@ __all__ = [
     "Family",
     "Segments",
     "choose_backend",
+    "full_attention",
+    "full_attention_is_fused",
     "make_segments",
     "packed_attention",
     "segments_of",
@@ -48,7 +50,7 @@ def choose_backend(q_HTE: Tensor, k_KTE: Tensor, segments: Segments, *, options:
         return "triton" if _triton_works(q_HTE, k_KTE) else "dense"
     if q_HTE.device.type == "cpu":
         if q_HTE.dtype == torch.bfloat16:
-            return "blocked"
+            return "flash" if _flash_works(q_HTE, k_KTE) else "blocked"
         return "blocked" if any(parent != NO_PARENT for parent in segments.parents) else "dense"
     return "dense"
 
@@ -119,6 +121,28 @@ def _function(backend: str) -> Callable[..., Tensor]:
     raise ValueError(
         f"unknown attention backend {backend!r}. Known: auto, triton, flash, blocked, dense, flex, varlen."
     )
+
+
+def full_attention_is_fused(q_BHSE: Tensor) -> bool:
+    """Whether :func:`full_attention` takes these queries."""
+    from vlit.kernels.attention import flash_cpu
+
+    return q_BHSE.device.type == "cpu" and flash_cpu.available(q_BHSE)
+
+
+def full_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, *, scale: float) -> Tensor:
+    """Attention of a vision encoder, every query sees all keys: ``[B, H, S, E]`` -> ``[B, S, H, E]``."""
+    from vlit.kernels.attention.flash_cpu import flash_cpu_full
+
+    return flash_cpu_full(q_BHSE, k_BKSE, v_BKSE, scale=scale)
+
+
+def _flash_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:
+    from vlit.kernels.attention.flash_cpu import available, flash_cpu_attention
+    from vlit.kernels.attention.proof import proves_right
+
+    groups = q_HTE.shape[0] // k_KTE.shape[0]
+    return available(q_HTE) and proves_right(flash_cpu_attention, q_HTE.device, q_HTE.dtype, q_HTE.shape[-1], groups)
 
 
 def _triton_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:

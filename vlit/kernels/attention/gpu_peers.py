@@ -64,9 +64,7 @@ def varlen_attention(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, *, segments: S
         k_KTE, v_KTE = (x.repeat_interleave(group, 0) for x in (k_KTE, v_KTE))
     q_THE, k_TKE, v_TKE = (x.transpose(0, 1) for x in (q_HTE, k_KTE, v_KTE))
     bounds, longest = _bounds(segments, q_HTE.device), max(segments.lengths)
-    return attend(
-        q_THE, k_TKE, v_TKE, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **options
-    )
+    return attend(q_THE, k_TKE, v_TKE, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **options)
 
 
 def _need_cuda(backend: str, q_HTE: Tensor) -> None:

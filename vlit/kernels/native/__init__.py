@@ -19,8 +19,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("attention.c")
-_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "flash.c"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("flash.h", "tiles.h"))
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-std=gnu11",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
 
 
 def cache_folder() -> Path:
@@ -42,7 +52,10 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(compiler, openmp)))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        print(f"warning: the C attention kernels were not built, PyTorch is used instead ({detail[:300]})", file=sys.stderr)
+        print(
+            f"warning: the C attention kernels were not built, PyTorch is used instead ({detail[:300]})",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -63,21 +76,26 @@ def _compiled(compiler: str, openmp: bool) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     with open("/proc/cpuinfo") as info:
         cpu = next((line for line in info if line.startswith(("flags", "Features"))), platform.machine())
-    parts = (_SOURCE.read_text(encoding="utf-8"), version, cpu, " ".join(flags))
-    target = cache_folder() / f"attention-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    texts = (path.read_text(encoding="utf-8") for path in (*_SOURCES, *_HEADERS))
+    parts = (*texts, version, cpu, " ".join(flags))
+    target = cache_folder() / f"kernels-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            aside = Path(folder) / "attention.so"
-            objects = Path(folder) / "attention.o"
+            aside = Path(folder) / target.name
             compile_flags = [flag for flag in flags if flag != "-shared"]
-            subprocess.run(
-                [compiler, *compile_flags, "-c", str(_SOURCE), "-o", str(objects)], capture_output=True, text=True, check=True
-            )
+            objects = []
+            for source in _SOURCES:
+                objects.append(str(Path(folder) / f"{source.stem}.o"))
+                _run(compiler, *compile_flags, "-c", str(source), "-o", objects[-1])
             # linked without an OpenMP library: its symbols come from the one PyTorch has loaded
-            subprocess.run([compiler, "-shared", str(objects), "-o", str(aside), "-lm"], capture_output=True, text=True, check=True)
+            _run(compiler, "-shared", *objects, "-o", str(aside), "-lm")
             os.replace(aside, target)
     return target
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def softmax_(scores: Tensor, lo: Tensor, hi: Tensor, *, shared: int, scale: float) -> Tensor:

@@ -1,12 +1,13 @@
-/* Register-tiled bf16 products on AVX512-BF16 (float accumulation), the transposes that feed them, and 2^x.
+/* Register-tiled bf16 products on AVX512-BF16 (sums in float), the transposes that feed them, and 2^x.
  *
- * A product takes its left operand as single 32-bit words, each two bf16 neighbours along the contracted dimension,
+ * A product takes its left operand as single 32-bit words, each a pair of bf16 neighbours along the contracted dimension,
  * broadcast to all lanes; its right operand as vectors of 16 such pairs. LANES query rows lie side by side in VECTORS
- * vectors, so scores are kept transposed, [key][lane], and a softmax needs no sum across lanes.
+ * vectors: scores are kept transposed, [key][lane], so that a softmax needs no sum across lanes.
  */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 typedef uint16_t bf16;
 
@@ -16,11 +17,17 @@ enum { VECTORS = 4, LANES = 16 * VECTORS };
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE __m512bh pairs_at(const void *p) { return (__m512bh)_mm512_loadu_si512(p); }
-INLINE __m512bh pair_everywhere(const char *p) { return (__m512bh)_mm512_set1_epi32(*(const int *)p); }
 
-/* c[M][16 N] (+)= a b. a: M rows of pairs, row stride a_row; b: one row of 16 N pairs for each pair of a; strides in bytes, of c in floats. */
-INLINE void multiply_rows(const int M, const int N, float *c, int64_t c_row, const char *a, int64_t a_row, const char *b, int64_t b_row,
-                          int64_t pairs, const int add) {
+INLINE __m512bh pair_everywhere(const char *p) {
+    int pair;
+    memcpy(&pair, p, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+/* c[M][16 N] (+)= a b: M rows of a, a_row bytes apart, made of `pairs` pairs; one row of 16 N pairs of b, b_row bytes apart,
+ * for each of them; rows of c are c_row floats apart. */
+INLINE void multiply_rows(const int M, const int N, float *c, int64_t c_row, const char *a, int64_t a_row, const char *b,
+                          int64_t b_row, int64_t pairs, const int add) {
     __m512 sum[8][VECTORS];
     UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) sum[i][j] = _mm512_setzero_ps();
     for (int64_t p = 0; p < pairs; p++) {
@@ -38,8 +45,8 @@ INLINE void multiply_rows(const int M, const int N, float *c, int64_t c_row, con
 }
 
 /* Eight rows of c, `vectors` (1 to 4) wide. */
-INLINE void multiply_eight_rows(int vectors, float *c, int64_t c_row, const char *a, int64_t a_row, const char *b, int64_t b_row,
-                                int64_t pairs, const int add) {
+INLINE void multiply_eight_rows(int vectors, float *c, int64_t c_row, const char *a, int64_t a_row, const char *b,
+                                int64_t b_row, int64_t pairs, const int add) {
     switch (vectors) {
     case 4:
         multiply_rows(4, 4, c, c_row, a, a_row, b, b_row, pairs, add);
@@ -51,10 +58,10 @@ INLINE void multiply_eight_rows(int vectors, float *c, int64_t c_row, const char
     }
 }
 
-/* c[M][16 N] = c * factor + a b, where vector j of c takes the pairs [0, ends[j]), ends ascending; a: pairs of M columns side by
- * side, a_pair bytes from one pair to the next; rows of b and c are LANES wide; lanes outside `lanes` keep their value. */
-INLINE void multiply_columns(const int M, const int N, float *c, const char *a, int64_t a_pair, const char *b, const int64_t *ends,
-                             const float *factor, const __mmask16 *lanes) {
+/* c[M][16 N] = c * factor + a b. Vector j takes the pairs [0, ends[j]), ends ascending; b and c have rows of LANES words;
+ * a holds the same pair of its columns side by side, the next pair a_pair bytes on. Lanes outside `lanes` keep their value. */
+INLINE void multiply_columns(const int M, const int N, float *c, const char *a, int64_t a_pair, const char *b,
+                             const int64_t *ends, const float *factor, const __mmask16 *lanes) {
     __m512 sum[8][VECTORS];
     UNROLL for (int j = 0; j < N; j++) {
         __m512 f = _mm512_loadu_ps(factor + 16 * j);
@@ -69,12 +76,13 @@ INLINE void multiply_columns(const int M, const int N, float *c, const char *a, 
             UNROLL for (int j = s; j < N; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
         }
     }
-    UNROLL for (int i = 0; i < M; i++) UNROLL for (int j = 0; j < N; j++) _mm512_mask_storeu_ps(c + i * LANES + 16 * j, lanes[j], sum[i][j]);
+    UNROLL for (int i = 0; i < M; i++)
+        UNROLL for (int j = 0; j < N; j++) _mm512_mask_storeu_ps(c + i * LANES + 16 * j, lanes[j], sum[i][j]);
 }
 
-/* The same for `columns` (a multiple of 8) columns of a. */
-INLINE void multiply_all_columns(int vectors, int64_t columns, float *c, const char *a, int64_t a_pair, const char *b, const int64_t *ends,
-                                 const float *factor, const __mmask16 *lanes) {
+/* The same for all columns of a, a multiple of 8. */
+INLINE void multiply_all_columns(int vectors, int64_t columns, float *c, const char *a, int64_t a_pair, const char *b,
+                                 const int64_t *ends, const float *factor, const __mmask16 *lanes) {
     for (int64_t e = 0; e < columns; e += 8, c += 8 * LANES, a += 32) switch (vectors) {
         case 4:
             multiply_columns(4, 4, c, a, a_pair, b, ends, factor, lanes);
@@ -96,7 +104,7 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 
-/* log2(x) for x > 0 to about 1e-7 absolute; NaN stays NaN: exponent + 2/ln2 * artanh((m - 1) / (m + 1)), m in [3/4, 3/2). */
+/* log2(x), x >= 0, to 2e-7: exponent + 2/ln(2) artanh((m - 1) / (m + 1)) with m in [3/4, 3/2). NaN stays NaN. */
 INLINE __m512 log_of_two(__m512 x) {
     __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src), one = _mm512_set1_ps(1.0f);
     __m512 whole = _mm512_getexp_ps(_mm512_div_ps(x, m));
@@ -109,10 +117,10 @@ INLINE __m512 log_of_two(__m512 x) {
     return _mm512_fmadd_ps(p, u, whole);
 }
 
-/* Words x0 y0 x1 y1 ... of the 16 floats of x and of y, as bf16. */
+/* x0 y0 x1 y1 ... as bf16. */
 INLINE __m512i interleave(__m512 x, __m512 y) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                                           18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x));
 }
 
@@ -145,44 +153,40 @@ INLINE void transpose(__m512i x[16]) {
 
 INLINE __mmask16 first_words(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 
-/* Rows of a matrix that become lanes; a row of -1 is a lane of zeros. */
-INLINE const bf16 *row_at(const bf16 *x, int64_t row, int64_t stride) { return row < 0 ? 0 : x + row * stride; }
+/* Words of a row of x; zeros for row -1. */
+INLINE __m512i words_of(const bf16 *x, int64_t stride, int64_t row, int64_t word, __mmask16 mask) {
+    return row < 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi32(mask, x + row * stride + 2 * word);
+}
 
-/* to[size / 2][LANES] pairs along a row: the right operand of scores. */
+/* to[size / 2][LANES]: pairs along the rows, a row in each lane. */
 static void pack_lanes(int32_t *to, const bf16 *x, int64_t stride, const int64_t *rows, int vectors, int64_t size) {
     for (int v = 0; v < vectors; v++)
         for (int64_t word = 0; word < size / 2; word += 16) {
-            __mmask16 mask = first_words(size / 2 - word);
             __m512i block[16];
-            UNROLL for (int i = 0; i < 16; i++) {
-                const bf16 *row = row_at(x, rows[16 * v + i], stride);
-                block[i] = row ? _mm512_maskz_loadu_epi32(mask, row + 2 * word) : _mm512_setzero_si512();
-            }
+            UNROLL for (int i = 0; i < 16; i++)
+                block[i] = words_of(x, stride, rows[16 * v + i], word, first_words(size / 2 - word));
             transpose(block);
-            for (int i = 0; i < 16 && word + i < size / 2; i++) _mm512_storeu_si512(to + (word + i) * LANES + 16 * v, block[i]);
+            for (int i = 0; i < 16 && word + i < size / 2; i++)
+                _mm512_storeu_si512(to + (word + i) * LANES + 16 * v, block[i]);
         }
 }
 
-/* to[count / 2][size] pairs of adjacent rows: the right operand where rows are contracted. Without `rows`, rows 0, 1, ... */
-static void pack_pairs(int32_t *to, const bf16 *x, int64_t stride, const int64_t *rows, int64_t count, int64_t size) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
-                                         2, 33, 1, 32, 0);
+/* to[size]: pairs of two rows. */
+INLINE void pack_pair(int32_t *to, const bf16 *x, int64_t stride, int64_t first, int64_t second, int64_t size) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
+                                         4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t r = 0; r < count; r += 2, to += size) {
-        const bf16 *first = row_at(x, rows ? rows[r] : r, stride);
-        const bf16 *second = r + 1 < count ? row_at(x, rows ? rows[r + 1] : r + 1, stride) : 0;
-        for (int64_t e = 0; e < size; e += 32) {
-            __mmask16 mask = first_words((size - e) / 2);
-            __m512i a = first ? _mm512_maskz_loadu_epi32(mask, first + e) : _mm512_setzero_si512();
-            __m512i b = second ? _mm512_maskz_loadu_epi32(mask, second + e) : _mm512_setzero_si512();
-            _mm512_storeu_si512(to + e, _mm512_permutex2var_epi16(a, low, b));
-            if (size - e > 16) _mm512_storeu_si512(to + e + 16, _mm512_permutex2var_epi16(a, high, b));
-        }
+    for (int64_t e = 0; e < size; e += 32) {
+        __m512i a = words_of(x, stride, first, e / 2, first_words((size - e) / 2));
+        __m512i b = words_of(x, stride, second, e / 2, first_words((size - e) / 2));
+        _mm512_storeu_si512(to + e, _mm512_permutex2var_epi16(a, low, b));
+        if (size - e > 16) _mm512_storeu_si512(to + e + 16, _mm512_permutex2var_epi16(a, high, b));
     }
 }
 
-/* x[row] = bf16(from[size][LANES] * factor), transposed. */
-static void store_lanes(bf16 *x, int64_t stride, const int64_t *rows, int vectors, int64_t size, const float *from, const float *factor) {
+/* Row rows[lane] of x = bf16(from[size][lane] * factor[lane]); lanes of row -1 are dropped. */
+static void store_lanes(bf16 *x, int64_t stride, const int64_t *rows, int vectors, int64_t size, const float *from,
+                        const float *factor) {
     for (int v = 0; v < vectors; v++) {
         __m512 f = _mm512_loadu_ps(factor + 16 * v);
         for (int64_t word = 0; word < size / 2; word += 16) {
@@ -190,11 +194,12 @@ static void store_lanes(bf16 *x, int64_t stride, const int64_t *rows, int vector
             __m512i block[16];
             UNROLL for (int i = 0; i < 16; i++) {
                 const float *even = from + 2 * (word + i) * LANES + 16 * v;
-                block[i] = word + i < size / 2 ? interleave(_mm512_mul_ps(_mm512_loadu_ps(even), f), _mm512_mul_ps(_mm512_loadu_ps(even + LANES), f))
-                                               : _mm512_setzero_si512();
+                block[i] = word + i >= size / 2 ? _mm512_setzero_si512()
+                                                : interleave(_mm512_mul_ps(_mm512_loadu_ps(even), f),
+                                                             _mm512_mul_ps(_mm512_loadu_ps(even + LANES), f));
             }
             transpose(block);
-            for (int i = 0; i < 16; i++) {
+            UNROLL for (int i = 0; i < 16; i++) {
                 int64_t row = rows[16 * v + i];
                 if (row >= 0) _mm512_mask_storeu_epi32(x + row * stride + 2 * word, mask, block[i]);
             }

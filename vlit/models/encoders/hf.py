@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlit.errors import ModelError
+from vlit.models.attention import register_encoder
 from vlit.models.encoders._hf_model import (
     PassThrough,
     VisionStructure,
@@ -213,6 +214,8 @@ class HfEncoderConfig(EncoderConfig):
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,  # reported below with their shapes
         }
+        if getattr(cls, "_supports_attention_backend", False):
+            options["attn_implementation"] = register_encoder()
         try:
             with quiet_transformers():
                 model, info = cls.from_pretrained(self.path, **options)
