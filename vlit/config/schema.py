@@ -193,6 +193,8 @@ class StageConfig(Strict):
     """Ends the stage early (and shortens its schedule), or extends it beyond `epochs` when larger."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log-normaliser added to each supervised position's loss; keeps logits small (PaLM used 1e-4)."""
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     gradient_checkpointing: Annotated[Literal["none", "selective", "full"], BeforeValidator(_policy)] = "none"
     """Recompute activations in the backward pass. `selective` keeps matrix products and attention and recomputes the rest;

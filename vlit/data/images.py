@@ -11,7 +11,7 @@ CLIP processor bit for bit. *Fast* differs in two places; figures are for photog
 - The last resize is torch's antialiased one for bytes, about four times as fast. 0.006 of 255 levels on average, PSNR
   above 70 dB; 0.24 and 54 dB where PIL resizes columns before rows (mostly `squash` of tall pictures, Pillow #9549).
 - A JPEG at least twice as large as its view needs is decoded at 1/2, 1/4 or 1/8 of its size (the decoder leaves out
-  frequencies), so that the last resize still halves at least: 45 to 55 dB, below 0.9 levels on average, single pixels up
+  frequencies), so that the last resize still halves at least: 44.9 to 55 dB, below 0.9 levels on average, single pixels up
   to 24. Decoding down to once the size would give 33 to 45 dB. A size that the factor does not divide is resized from a
   box that ends between pixels; without it odd sizes fall to 23 dB.
 """
@@ -30,6 +30,9 @@ from vlit.errors import DataError
 from vlit.types import ModelSpec
 
 Policy = Literal["pad", "crop", "squash"]
+Side = Literal["short", "long"]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels; may fall between them and outside of the picture."""
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (PIL's own limit for refusing a decompression bomb): about 13,377 by 13,377."""
 _EXTREME_RATIO = 32
@@ -59,11 +62,6 @@ def resolve_image(image: str, image_root: Path) -> Path:
             f"image {image!r} leaves the image folder {image_root}. Write it relative to that folder, without .."
         )
     return image_root / path
-
-
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels; may fall between them."""
-Side = Literal["short", "long"]
 
 
 class _Decoded(NamedTuple):

@@ -66,6 +66,7 @@ class VisionLanguageModel(nn.Module):
         self.config, self.spec = config, spec
         self.encoder, self.connector, self.fusion, self.llm = encoder, connector, fusion, llm
         self.attention_backend: Backend = "auto"
+        self.z_loss = 0.0
         self._recompute = "none"
         self.image_mean: Tensor
         self.image_std: Tensor
@@ -108,7 +109,8 @@ class VisionLanguageModel(nn.Module):
     def forward(self, batch: PackedBatch) -> CrossEntropy:
         """Cross-entropy over the batch's supervised positions: its sum (fp32 scalar) and each position's share."""
         hidden_TD = self.hidden_states(batch)
-        return self.llm.loss(hidden_TD.index_select(0, batch.supervised_positions), batch.targets)
+        supervised_LD = hidden_TD.index_select(0, batch.supervised_positions)
+        return self.llm.loss(supervised_LD, batch.targets, z_loss=self.z_loss)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """All logits ``[T, V]`` (tests and inspection; training never materialises them)."""

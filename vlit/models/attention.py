@@ -19,7 +19,6 @@ from vlit.kernels.attention import (
     Backend,
     Segments,
     full_attention,
-    full_attention_is_fused,
     packed_attention,
 )
 
@@ -65,9 +64,8 @@ def encoder_attention_forward(
 
     The fused C kernel in bf16 on a CPU that has it, PyTorch's fused attention elsewhere.
     """
-    if attention_mask is None and not dropout and full_attention_is_fused(query):
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        return _full(query, key, value, scale=scale), None
+    if attention_mask is None and not dropout and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return _full(query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

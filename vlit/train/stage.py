@@ -99,7 +99,7 @@ def train_stage(
     weights = TrainedWeights(model, tuning=config.tuning, lr=config.lr, config=config.optimizer)
     position = _resume(stage, weights, run, ranks)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
-    model.attention_backend = run.runtime.attention
+    model.attention_backend, model.z_loss = run.runtime.attention, config.z_loss
     if run.runtime.compile:
         model.compile_blocks()
     model.train()

@@ -67,7 +67,7 @@ class Validator:
         total, labels = 0.0, 0
         with torch.no_grad():
             for batch in self.batches:
-                total += float(model(batch.to(model.device)).total)
+                total += float(model(batch.to(model.device)).per_position.sum())
                 labels += batch.num_label_tokens
         samples = self._answers(model)
         model.train(was_training)

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vlit.kernels.attention.segments import NO_PARENT, Family, Segments, make_segments, segments_of
 
@@ -30,7 +31,6 @@ __all__ = [
     "Segments",
     "choose_backend",
     "full_attention",
-    "full_attention_is_fused",
     "make_segments",
     "packed_attention",
     "segments_of",
@@ -123,18 +123,18 @@ def _function(backend: str) -> Callable[..., Tensor]:
     )
 
 
-def full_attention_is_fused(q_BHSE: Tensor) -> bool:
-    """Whether :func:`full_attention` takes these queries."""
+def full_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, scale: float) -> Tensor:
+    """Attention of a vision encoder, every query sees all keys: ``[B, H, S, E]``, ``[B, K, S, E]`` -> ``[B, S, H, E]``.
+
+    The fused C kernel where it runs, PyTorch's fused attention elsewhere.
+    """
     from vlit.kernels.attention import flash_cpu
 
-    return q_BHSE.device.type == "cpu" and flash_cpu.available(q_BHSE)
-
-
-def full_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, *, scale: float) -> Tensor:
-    """Attention of a vision encoder, every query sees all keys: ``[B, H, S, E]`` -> ``[B, S, H, E]``."""
-    from vlit.kernels.attention.flash_cpu import flash_cpu_full
-
-    return flash_cpu_full(q_BHSE, k_BKSE, v_BKSE, scale=scale)
+    if flash_cpu.available(q_BHSE):
+        return flash_cpu.flash_cpu_full(q_BHSE, k_BKSE, v_BKSE, scale=scale)
+    grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
+    out = F.scaled_dot_product_attention(q_BHSE, k_BKSE, v_BKSE, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def _flash_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:
@@ -146,7 +146,7 @@ def _flash_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:
 
 
 def _triton_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:
-    if find_spec("triton") is None or q_HTE.shape[-1] > 256:
+    if find_spec("triton") is None or not 16 <= q_HTE.shape[-1] <= 256:
         return False
     from vlit.kernels.attention.proof import proves_right
     from vlit.kernels.attention.triton import triton_attention

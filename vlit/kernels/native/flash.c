@@ -79,7 +79,7 @@ int vlit_flash_forward(const Problem *p, const View *q, const View *k, const Vie
             pack_lanes(w->q, head_of(q, batch, head), q->row, w->rows, w->vectors, size);
             if (task % p->num_tiles + 1 < p->num_tiles)
                 prefetch_rows(head_of(q, batch, head) + p->runs[tile[1].first_run].row * q->row, q->row, LANES, size);
-            /* the largest score starts finite: 2^(top - top) must be 1 in lanes that have not seen a key yet */
+            /* the largest score starts finite: a first step of nothing but -inf gives weights of 0, not NaN */
             for (int i = 0; i < LANES; i++) w->top[i] = -1e30f, w->total[i] = 0.0f;
             Range base = {.keys = head_of(k, batch, kv), .key_row = k->row,
                           .pairs = pairs + (batch * p->kv_heads + kv) * p->packed / 2 * size};
@@ -193,7 +193,8 @@ static void tile_backward(Work *w, const Problem *p, const Tensors *x, const Til
     }
     for (int lane = 0; lane < LANES; lane++) {
         const int64_t row = w->rows[lane];
-        w->top[lane] = row < 0 ? INFINITY : x->lse[(batch * p->heads + head) * p->rows + row]; /* no row: weights of 0 */
+        /* a lane without a row has q = dO = 0: whatever its weights are, it adds 0 */
+        w->top[lane] = row < 0 ? 0.0f : x->lse[(batch * p->heads + head) * p->rows + row];
         w->delta[lane] = row < 0 ? 0.0f : dot(out + row * x->out->row, grad + row * x->grad->row, p->size);
         w->factor[lane] = 1.0f;
     }

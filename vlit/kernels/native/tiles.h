@@ -16,7 +16,12 @@ enum { VECTORS = 4, LANES = 16 * VECTORS };
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE __m512bh pairs_at(const void *p) { return (__m512bh)_mm512_loadu_si512(p); }
+/* Loaded once into a register: GCC would load again for every product. */
+INLINE __m512bh pairs_at(const void *p) {
+    __m512i pairs = _mm512_loadu_si512(p);
+    __asm__("" : "+v"(pairs));
+    return (__m512bh)pairs;
+}
 
 INLINE __m512bh pair_everywhere(const char *p) {
     int pair;

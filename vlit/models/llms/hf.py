@@ -59,12 +59,13 @@ class HFLanguageModel(LanguageModel):
         """Trunk output after the final norm, ``[B, T, D]``; keyword arguments go to every layer."""
         return self.trunk(inputs_embeds=embeds_BTD, **kwargs).last_hidden_state
 
-    def loss(self, hidden_LD: Tensor, targets_L: Tensor) -> CrossEntropy:
+    def loss(self, hidden_LD: Tensor, targets_L: Tensor, *, z_loss: float = 0.0) -> CrossEntropy:
         """Cross-entropy at L positions, fp32."""
         head = self.head
         return linear_cross_entropy(
-            hidden_LD, head.weight, targets_L, bias_V=head.bias, softcap=self.softcap, logit_scale=self.logit_scale
-        )
+            hidden_LD, head.weight, targets_L, bias_V=head.bias, softcap=self.softcap, logit_scale=self.logit_scale,
+            z_loss=z_loss,
+        )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., V]``, transformed as the model itself does."""
