@@ -51,7 +51,9 @@ class Answerer:
         """Token ids and pixels of a request."""
         tokens = self.tokenizer.prompt(request.turns, images=tuple(str(p) for p in request.images))
         spec = self.model.spec
-        views = [torch.from_numpy(load_view(path, policy=self.data.image_policy, spec=spec)) for path in request.images]
+        data = self.data
+        loaded = [load_view(p, policy=data.image_policy, spec=spec, exact=data.exact_pixels) for p in request.images]
+        views = [torch.from_numpy(view) for view in loaded]
         empty = torch.zeros(0, 3, spec.image_size, spec.image_size, dtype=torch.uint8)
         return Prompt(
             input_ids=torch.from_numpy(tokens.input_ids),

@@ -208,9 +208,9 @@ class _Steps(Dataset[_Fetched]):
         """Append the tree's views to ``pixels`` in reading order; returns the tree without members whose image is bad."""
 
         def views(place: int, images: Sequence[str]) -> list[np.ndarray]:
-            source = self.mixture.sources[records[place][0]]
+            source, data, spec = self.mixture.sources[records[place][0]], self.data, self.tokenizer.spec
             return [
-                load_view(source.image_path(image), policy=self.data.image_policy, spec=self.tokenizer.spec)
+                load_view(source.image_path(image), policy=data.image_policy, spec=spec, exact=data.exact_pixels)
                 for image in images
             ]
 

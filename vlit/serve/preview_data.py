@@ -11,7 +11,7 @@ from vlit.errors import DataError
 from vlit.types import IGNORE_INDEX, NO_SAMPLE, PackedBatch
 
 if TYPE_CHECKING:
-    from vlit.config.schema import RunConfig
+    from vlit.config.schema import DataConfig, RunConfig
     from vlit.data.mixture import Mixture
     from vlit.data.source import RecordSource
     from vlit.data.tokenize import SampleTokenizer
@@ -128,7 +128,7 @@ def collect_preview(run: RunConfig, stage: str, *, samples: int = 16, steps: int
     mixture = open_mixture(run, stage, progress=False)
     tokenizer = SampleTokenizer(spec, data)
     count = min(samples, mixture.records_per_epoch)
-    collected = [_sample(*mixture.record(position), mixture, tokenizer, data.image_policy) for position in range(count)]
+    collected = [_sample(*mixture.record(position), mixture, tokenizer, data) for position in range(count)]
     total = mixture.total_steps(config.epochs, global_batch=config.global_batch, max_steps=config.max_steps)
     facts = [
         ("Template", str(data.template.type)),
@@ -147,14 +147,14 @@ def collect_preview(run: RunConfig, stage: str, *, samples: int = 16, steps: int
 
 
 def _sample(
-    number: int, record: int, mixture: Mixture[RecordSource], tokenizer: SampleTokenizer, policy: str
+    number: int, record: int, mixture: Mixture[RecordSource], tokenizer: SampleTokenizer, data: DataConfig
 ) -> PreviewSample:
     source = mixture.sources[number]
     sample = source.sample(record)
     place = source.place(record)
     try:
         tokenized = tokenizer.tokenize(sample)
-        images = tuple(_image(source, name, policy, tokenizer.spec) for name in tokenized.images)
+        images = tuple(_image(source, name, data, tokenizer.spec) for name in tokenized.images)
         views = tokenizer.explain(sample)
     except DataError as error:
         return PreviewSample(sample.id, source.name, place, error=str(error))
@@ -187,10 +187,10 @@ def _sample(
     )
 
 
-def _image(source: RecordSource, name: str, policy: str, spec: ModelSpec) -> PreviewImage:
+def _image(source: RecordSource, name: str, data: DataConfig, spec: ModelSpec) -> PreviewImage:
     from vlit.data.images import load_view
 
-    view = load_view(source.image_path(name), policy=policy, spec=spec)  # type: ignore[arg-type]
+    view = load_view(source.image_path(name), policy=data.image_policy, spec=spec, exact=data.exact_pixels)
     return PreviewImage(name, np.ascontiguousarray(view.transpose(1, 2, 0)))
 
 

@@ -161,7 +161,7 @@ def _finish(tuned: Tuned, stage: StageRun, position: Position, run: RunConfig) -
         "vlit": __version__,
         "torch": torch.__version__,
     }
-    rules = {key: data[key] for key in ("template", "image_policy", "max_tokens")}
+    rules = {key: data[key] for key in ("template", "image_policy", "exact_pixels", "max_tokens")}
     save_model(
         tuned.model,
         stage.folder / "model",

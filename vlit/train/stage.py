@@ -76,7 +76,7 @@ def stage_identity(
     return {
         "model": run.model.model_dump(mode="json"),
         "share_at_most": mixture.share_at_most,
-        "data": {k: data[k] for k in ("template", "image_policy", "max_tokens", "on_bad_sample")},
+        "data": {k: data[k] for k in ("template", "image_policy", "exact_pixels", "max_tokens", "on_bad_sample")},
         "stage": config,
         "seed": run.seed,
         "precision": str(dtype).removeprefix("torch."),

@@ -51,7 +51,12 @@ class Validator:
         self.batches: list[PackedBatch] = []
         for members in rows:
             views = [
-                load_view(picked[i][1].image_path(name), policy=data.image_policy, spec=tokenizer.spec)
+                load_view(
+                    picked[i][1].image_path(name),
+                    policy=data.image_policy,
+                    spec=tokenizer.spec,
+                    exact=data.exact_pixels,
+                )
                 for i in members
                 for name in tokenised[i].images
             ]

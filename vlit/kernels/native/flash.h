@@ -139,7 +139,7 @@ static inline int64_t step_of(int64_t count) {
 }
 
 static inline void prefetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
 
 static inline void prefetch_rows(const bf16 *x, int64_t stride, int64_t rows, int64_t size) {
