@@ -18,6 +18,7 @@ from vlit.config.schema import ModelConfig, TuningConfig
 from vlit.data.collate import collate, collate_samples
 from vlit.data.mixture import Mixture
 from vlit.data.share import share_prefixes
+from vlit.kernels.attention.proof import proves_right
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.tuning import apply_tuning
 from vlit.types import IGNORE_INDEX, NO_PARENT, PackedBatch, TokenizedSample
@@ -170,6 +171,27 @@ def test_random_trees_give_the_gradients_of_separate_records(
         for n, text in enumerate(texts)
     ]
     assert_equal_gradients(model, samples)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_bf16_on_this_machine_gives_the_gradients_of_fp32_within_its_noise(
+    policy: str, tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The compiled attention is asked for the first time inside whatever region the policy makes."""
+    proves_right.cache_clear()
+    model = assemble(tiny_dir)
+    apply_tuning(model, TuningConfig(llm="full"))
+    batch = shared_batch([*family(4), record(90, header=2, image=None, text=9)])
+    exact, _ = gradients(model, [batch])
+    model.to(torch.bfloat16)
+    model.set_gradient_checkpointing(policy)
+    model.train()
+    rounded, _ = gradients(model, [batch])
+    assert capsys.readouterr().err.count("is not used on this machine") == 0
+    assert rounded.keys() == exact.keys()
+    for name, wanted in exact.items():
+        cosine = torch.nn.functional.cosine_similarity(rounded[name].float().flatten(), wanted.flatten(), dim=0)
+        assert cosine > 0.99, f"{name}: {cosine}"
 
 
 def test_perturbing_one_conversation_never_changes_another(tiny_dir: Path) -> None:

@@ -43,8 +43,13 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _linear_weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+def _linear_flops(module: nn.Module, *, input_gradient: float) -> float:
+    """FLOPs a token through a module's linear layers: forward, gradient of the weights that are trained (under LoRA the
+    adapters only), and of the inputs of a share of the layers.
+    """
+    weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    every = sum(w.numel() for w in weights)
+    return 2.0 * (every * (1.0 + input_gradient) + sum(w.numel() for w in weights if w.requires_grad))
 
 
 def _attention_width(config: Any) -> int:
@@ -62,25 +67,21 @@ class UsefulFlops:
         encoder_trained, connector_trained, llm_trained = (
             trained(m) for m in (model.encoder, model.connector, model.llm)
         )
-        before_llm = encoder_trained or connector_trained
         spec = model.encoder.spec
-        self.per_image = _linear_weights(model.encoder) * 2.0 * spec.tokens_per_view * (3.0 if encoder_trained else 1.0)
         blocks = max((len(m) for m in model.encoder.modules() if isinstance(m, nn.ModuleList)), default=0)
         attention = 4.0 * spec.tokens_per_view**2 * spec.width * blocks
-        self.per_image += attention * (3.5 if encoder_trained else 1.0)
-        backward = 2.0 * connector_trained if encoder_trained else 1.5 * connector_trained
-        self.per_image += _linear_weights(model.connector) * 2.0 * model.spec.tokens_per_view * (1.0 + backward)
+        self.per_image = attention * (3.5 if encoder_trained else 1.0)
+        self.per_image += spec.tokens_per_view * _linear_flops(model.encoder, input_gradient=float(encoder_trained))
+        before_connector = (
+            1.0 if encoder_trained else 0.5 * connector_trained
+        )  # behind a frozen encoder not its first layer
+        self.per_image += model.spec.tokens_per_view * _linear_flops(model.connector, input_gradient=before_connector)
+        llm_backward = encoder_trained or connector_trained or llm_trained
+        self.per_token = _linear_flops(model.llm.trunk, input_gradient=float(llm_backward))
+        width = _attention_width(model.llm.hf.config.get_text_config())
+        self.per_pair = 4.0 * width * len(model.llm.layers) * (3.5 if llm_backward else 1.0)
         head: Any = model.llm.head
-        trunk = _linear_weights(model.llm.trunk)
-        passes = 1.0 + (1.0 if before_llm or llm_trained else 0.0) + (1.0 if llm_trained else 0.0)
-        self.per_token = 2.0 * trunk * passes
-        self.per_pair = (
-            4.0
-            * _attention_width(model.llm.hf.config.get_text_config())
-            * len(model.llm.layers)
-            * (3.5 if passes > 1 else 1.0)
-        )
-        self.per_label = 2.0 * head.weight.numel() * (passes if head.weight.requires_grad else min(passes, 2.0))
+        self.per_label = 2.0 * head.weight.numel() * (1.0 + llm_backward + head.weight.requires_grad)
 
     def of(self, batch: PackedBatch) -> float:
         """Useful FLOPs of forward and backward for one packed row."""

@@ -169,32 +169,34 @@ def _call(name: str, *arguments: Any) -> None:
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, plan: Plan, scale: float) -> Tensor:
-        q_BHTE, k_BKTE, v_BKTE = (_with_rows(x) for x in (q_BHTE, k_BKTE, v_BKTE))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+        """With or without the dimension B in front; added here, views cost no gradient of their own."""
+        q_BHTE, k_BKTE, v_BKTE = (_strided(x) for x in (q, k, v))
         batch, heads, tokens, size = q_BHTE.shape
         out_BTHE = q_BHTE.new_empty(batch, tokens, heads, size)
         lse_BHT = q_BHTE.new_empty(batch, heads, tokens, dtype=torch.float32)
         views = [ctypes.byref(_view(x)) for x in (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2))]
         _call("vlit_flash_forward", _problem(q_BHTE, k_BKTE, plan, scale), *views, _pointer(lse_BHT.data_ptr()))
         ctx.save_for_backward(q_BHTE, k_BKTE, v_BKTE, out_BTHE, lse_BHT)
-        ctx.plan, ctx.scale = plan, scale
-        return out_BTHE
+        ctx.plan, ctx.scale, ctx.packed = plan, scale, q.dim() == 3
+        return out_BTHE[0] if ctx.packed else out_BTHE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q_BHTE, k_BKTE, v_BKTE, out_BTHE, lse_BHT = ctx.saved_tensors
-        grad_BHTE = _with_rows(grad_outputs[0]).transpose(1, 2)
+        grad_BHTE = _strided(grad_outputs[0]).transpose(1, 2)
         grads = [_like_projection(x) for x in (q_BHTE, k_BKTE, v_BKTE)]
         tensors = (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2), grad_BHTE, *grads)
         pointers = _Tensors(*(ctypes.pointer(_view(x)) for x in tensors), lse_BHT.data_ptr())
         _call("vlit_flash_backward", _problem(q_BHTE, k_BKTE, ctx.plan, ctx.scale), ctypes.byref(pointers))
-        return *grads, None, None
+        return *(grad[0] if ctx.packed else grad for grad in grads), None, None
 
 
-def _with_rows(x: Tensor) -> Tensor:
-    """The same values with the elements of a row side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _strided(x: Tensor) -> Tensor:
+    """The same values in four dimensions, the elements of a row side by side."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 4 else x[None]
 
 
 def _like_projection(x_BHTE: Tensor) -> Tensor:
@@ -214,7 +216,7 @@ def flash_cpu_attention(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, *, segments
     """
     _check(q_HTE, k_KTE, v_KTE, segments.num_tokens, scale)
     plan = plan_tiles(segments)
-    return _FlashAttention.apply(q_HTE[None], k_KTE[None], v_KTE[None], plan, scale)[0]
+    return _FlashAttention.apply(q_HTE, k_KTE, v_KTE, plan, scale)
 
 
 def flash_cpu_full(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, *, scale: float) -> Tensor:
