@@ -28,7 +28,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from benchmarks import timing
 from benchmarks.models import SIZES, Size, text_config, vision_config
@@ -111,15 +110,6 @@ def make_model(size: Size, device: torch.device) -> VisionLanguageModel:
     return model.to(device).requires_grad_(False)
 
 
-def useful_flops(model: VisionLanguageModel) -> UsefulFlops:
-    """Under LoRA the frozen weights need no gradient of their own: two passes instead of three."""
-    flops = UsefulFlops(model)
-    linear = [layer.weight for layer in model.llm.trunk.modules() if isinstance(layer, nn.Linear)]
-    if any(weight.requires_grad for weight in linear) and not all(weight.requires_grad for weight in linear):
-        flops.per_token = 2.0 * sum(weight.numel() * (2 + weight.requires_grad) for weight in linear)
-    return flops
-
-
 def unshared(records: Records) -> Records:
     """The same records, each with a copy of its image."""
     samples = [replace(sample, images=(f"{number}.jpg",)) for number, sample in enumerate(records.samples)]
@@ -175,7 +165,7 @@ class Stage:
         config = TuningConfig.model_validate(tuning)
         apply_tuning(model, config)
         self.weights = TrainedWeights(model, tuning=config, lr=case.lr, config=OptimizerConfig())
-        self.flops = useful_flops(model)
+        self.flops = UsefulFlops(model)
         self.last: dict[Way, tuple[StepResult, float | None]] = {}
         """Result of the newest step of each way, and the most memory allocated in it (GiB)."""
 

@@ -139,10 +139,7 @@ class _Problem(ctypes.Structure):
 
 
 class _Tensors(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.POINTER(_View)) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")),
-        ("lse", _pointer),
-    ]
+    _fields_ = [(name, _pointer) for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "lse")]
 
 
 def _view(x_BHTE: Tensor) -> _View:
@@ -155,7 +152,7 @@ def _problem(q_BHTE: Tensor, k_BKTE: Tensor, plan: Plan, scale: float) -> Any:
         _Problem(
             batch, heads, k_BKTE.shape[1], tokens, size, plan.causal, torch.get_num_threads(),
             plan.num_segments, plan.num_tiles, plan.num_trees, plan.packed, scale,
-            *(ctypes.cast(array, _pointer) for array in plan.arrays),
+            *(ctypes.addressof(array) for array in plan.arrays),
         )
     )  # fmt: skip
 
@@ -187,9 +184,9 @@ class _FlashAttention(torch.autograd.Function):
         q_BHTE, k_BKTE, v_BKTE, out_BTHE, lse_BHT = ctx.saved_tensors
         grad_BHTE = _strided(grad_outputs[0]).transpose(1, 2)
         grads = [_like_projection(x) for x in (q_BHTE, k_BKTE, v_BKTE)]
-        tensors = (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2), grad_BHTE, *grads)
-        pointers = _Tensors(*(ctypes.pointer(_view(x)) for x in tensors), lse_BHT.data_ptr())
-        _call("vlit_flash_backward", _problem(q_BHTE, k_BKTE, ctx.plan, ctx.scale), ctypes.byref(pointers))
+        views = [_view(x) for x in (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2), grad_BHTE, *grads)]
+        tensors = _Tensors(*(ctypes.addressof(view) for view in views), lse_BHT.data_ptr())
+        _call("vlit_flash_backward", _problem(q_BHTE, k_BKTE, ctx.plan, ctx.scale), ctypes.byref(tensors))
         return *(grad[0] if ctx.packed else grad for grad in grads), None, None
 
 
