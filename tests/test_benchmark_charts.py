@@ -37,5 +37,5 @@ def test_the_pictures_of_the_docs_come_from_the_committed_measurements(tmp_path:
 
 
 def test_no_measurement_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="run benchmarks.train_step --json first"):
+    with pytest.raises(FileNotFoundError, match="--json first"):
         draw_all(tmp_path, tmp_path)

@@ -87,7 +87,9 @@ def dense_attention(
     for group in groups:
         q = q_THE.index_select(0, group.queries).view(group.num_segments, group.longest, -1, size).transpose(1, 2)
         k, v = (
-            x.index_select(0, group.keys).view(group.num_segments, group.prefix + group.longest, -1, size).transpose(1, 2)
+            x.index_select(0, group.keys)
+            .view(group.num_segments, group.prefix + group.longest, -1, size)
+            .transpose(1, 2)
             for x in (k_TKE, v_TKE)
         )
         out = _attend(q, k, v, scale, sliding_window, softcap, dropout)
