@@ -1,6 +1,6 @@
 """The fused bf16 attention for CPUs against dense attention in fp64.
 
-Every buffer the kernel gets from malloc starts as NaN here, so what it forgets to write shows.
+Every buffer starts as NaN here, those of tensors and those of the kernel, so what the kernel forgets to write shows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ M_PERTURB = -6
 
 @pytest.fixture(autouse=True)
 def _memory_starts_as_nan() -> Iterator[None]:
-    libc = ctypes.CDLL(None)
+    libc, kernels = ctypes.CDLL(None), native.library()
+    if kernels is not None and kernels.vlit_flash_lanes():
+        kernels.vlit_flash_release()
     libc.mallopt(M_PERTURB, 0x100)  # glibc fills with the complement of the low byte: 0xff, a NaN in bf16 and fp32
     yield
     libc.mallopt(M_PERTURB, 0)

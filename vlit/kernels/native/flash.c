@@ -63,14 +63,15 @@ int vlit_flash_lanes(void) { return LANES; }
 /* out = attention; lse[batch][heads][rows] = log2 of the sum of 2^(S log2(e)). Returns 0, or 1: out of memory. */
 int vlit_flash_forward(const Problem *p, const View *q, const View *k, const View *v, const View *out, float *lse) {
     const int64_t group = p->heads / p->kv_heads, size = p->size, tasks = p->batch * p->heads * p->num_tiles;
-    int32_t *pairs = aligned_alloc(64, round_up(p->batch * p->kv_heads * p->packed * size * (int64_t)sizeof(bf16), 64));
+    const int64_t pair_bytes = p->batch * p->kv_heads * p->packed * size * (int64_t)sizeof(bf16);
+    int32_t *pairs = (int32_t *)borrow_buffer(kept_by_calls, KEPT / 16, pair_bytes);
     if (!pairs) return 1;
     pack_segments(p, v, pairs);
     int64_t next = 0;
     int failed = 0;
 #pragma omp parallel num_threads((int)p->threads) if (p->threads > 1)
     {
-        Work *w = new_work(p);
+        Work *w = borrow_work(p, 0);
         if (!w) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         for (int64_t task; w && (task = take(&next)) < tasks;) {
             const int64_t head = task / p->num_tiles % p->heads, batch = task / p->num_tiles / p->heads, kv = head / group;
@@ -93,9 +94,9 @@ int vlit_flash_forward(const Problem *p, const View *q, const View *k, const Vie
             for (int i = 0; i < LANES; i++)
                 if (w->rows[i] >= 0) lse[(batch * p->heads + head) * p->rows + w->rows[i]] = w->top[i];
         }
-        free(w);
+        return_work(w);
     }
-    free(pairs);
+    return_buffer(kept_by_calls, KEPT / 16, (char *)pairs);
     return failed;
 }
 
@@ -259,23 +260,24 @@ int vlit_flash_backward(const Problem *p, const Tensors *x) {
     int64_t most_rows = 0, next = 0;
     for (int64_t t = 0; t < p->num_trees; t++)
         if (shares[t].parts == 1) most_rows = larger(most_rows, packed_rows(p, p->trees + t));
-    int32_t *pairs = aligned_alloc(64, round_up(kv_count * p->packed * size * (int64_t)sizeof(bf16), 64));
-    float *split_sums = aligned_alloc(64, 64 + kv_count * all.offset * (int64_t)sizeof(float));
-    int failed = !pairs || !split_sums;
+    const int64_t pair_bytes = kv_count * p->packed * size * (int64_t)sizeof(bf16); /* a multiple of 64 */
+    char *memory = borrow_buffer(kept_by_calls, KEPT / 16, pair_bytes + kv_count * all.offset * (int64_t)sizeof(float));
+    int32_t *pairs = (int32_t *)memory;
+    float *split_sums = memory ? (float *)(memory + pair_bytes) : 0;
+    int failed = !memory;
     if (!failed) pack_segments(p, x->k, pairs);
     int64_t tasks = failed ? 0 : kv_count * all.first_task;
 #pragma omp parallel num_threads((int)p->threads) if (p->threads > 1)
     {
-        Work *w = new_work(p);
-        float *own_sums = aligned_alloc(64, 64 + 2 * most_rows * size * (int64_t)sizeof(float));
-        if (!w || !own_sums) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-        for (int64_t task; w && own_sums && (task = take(&next)) < tasks;) {
+        Work *w = borrow_work(p, most_rows);
+        if (!w) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        for (int64_t task; w && (task = take(&next)) < tasks;) {
             int64_t both = task / all.first_task, number = task % all.first_task, batch = both / p->kv_heads, kv = both % p->kv_heads;
             const Share *share = shares;
             while (share[1].first_task <= number) share++;
             const Tree *tree = p->trees + (share - shares);
             const int64_t rows = packed_rows(p, tree), part = number - share->first_task;
-            float *sums = own_sums;
+            float *sums = w->own_sums;
             if (share->parts > 1) sums = split_sums + both * all.offset + share->offset + part * 2 * rows * size;
             memset(sums, 0, 2 * rows * size * sizeof(float));
             Range base = {.keys = head_of(x->k, batch, kv), .key_row = x->k->row, .values = head_of(x->v, batch, kv),
@@ -291,8 +293,7 @@ int vlit_flash_backward(const Problem *p, const Tensors *x) {
             for (int64_t s = tree->first_segment; share->parts == 1 && s < tree->last_segment; s++)
                 store_gradients(p, x, p->segments + s, both, sums, 1, 0, p->segments[s].length);
         }
-        free(own_sums);
-        free(w);
+        return_work(w);
     }
     next = 0, tasks = failed || !all.offset ? 0 : kv_count * p->num_segments * TASKS;
 #pragma omp parallel num_threads((int)p->threads) if (p->threads > 1 && tasks)
@@ -304,8 +305,7 @@ int vlit_flash_backward(const Problem *p, const Tensors *x) {
             store_gradients(p, x, s, both, split_sums + both * all.offset + share->offset, share->parts,
                             piece * s->length / TASKS, (piece + 1) * s->length / TASKS);
     }
-    free(split_sums);
-    free(pairs);
+    return_buffer(kept_by_calls, KEPT / 16, memory);
     free(shares);
     return failed;
 }

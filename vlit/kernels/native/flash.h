@@ -31,6 +31,7 @@ typedef struct {
     int32_t *weighed_pairs;    /* [STEP / 2][LANES] */
     float *sum;                /* [size][LANES] */
     bf16 *last;                /* [8][size] */
+    float *own_sums;           /* dK and dV of a tree, [2][packed rows][size] */
     float top[LANES], total[LANES], factor[LANES], delta[LANES]; /* top: largest score, later the log-sum; in units of log2 */
 } Work;
 
@@ -48,16 +49,50 @@ static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) 
 static inline bf16 *head_of(const View *x, int64_t batch, int64_t head) { return x->data + batch * x->batch + head * x->head; }
 static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
+/* Buffers are kept for the next call: new pages from the system cost more than the products of a short row. */
+enum { KEPT = 64 };
+typedef struct { int64_t bytes; } Buffer; /* its first 64 bytes; the rest is lent */
+static Buffer *kept_by_threads[KEPT], *kept_by_calls[KEPT / 16];
+
+static void return_buffer(Buffer **kept, int slots, char *memory) {
+    Buffer *buffer = memory ? (Buffer *)(memory - 64) : 0;
+    for (int i = 0; buffer && i < slots; i++) {
+        Buffer *empty = 0;
+        if (__atomic_compare_exchange_n(kept + i, &empty, buffer, 0, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) return;
+    }
+    free(buffer);
+}
+
+/* At least `bytes` bytes, aligned to 64; 0: out of memory. */
+static char *borrow_buffer(Buffer **kept, int slots, int64_t bytes) {
+    for (int i = 0; i < slots; i++) {
+        Buffer *buffer = __atomic_exchange_n(kept + i, 0, __ATOMIC_ACQUIRE);
+        if (buffer && buffer->bytes >= bytes) return (char *)buffer + 64;
+        free(buffer);
+    }
+    Buffer *buffer = aligned_alloc(64, 64 + round_up(bytes, 64));
+    if (!buffer) return 0;
+    buffer->bytes = bytes;
+    return (char *)buffer + 64;
+}
+
+/* Frees what is kept. */
+void vlit_flash_release(void) {
+    for (int i = 0; i < KEPT; i++) free(__atomic_exchange_n(kept_by_threads + i, 0, __ATOMIC_ACQUIRE));
+    for (int i = 0; i < KEPT / 16; i++) free(__atomic_exchange_n(kept_by_calls + i, 0, __ATOMIC_ACQUIRE));
+}
+
 static void *carve(char **memory, int64_t bytes) {
     void *part = *memory;
     *memory += round_up(bytes, 64);
     return part;
 }
 
-/* To be freed by free(); 0: out of memory. */
-static Work *new_work(const Problem *p) {
-    const int64_t word = 4, packed = p->size / 2 * LANES * word, step = STEP * LANES * word;
-    char *memory = aligned_alloc(64, round_up(sizeof(Work), 64) + 6 * packed + 7 * step / 2 + 16 * p->size);
+/* A thread's buffers, to be given to return_work; 0: out of memory. */
+static Work *borrow_work(const Problem *p, int64_t rows_of_sums) {
+    const int64_t word = 4, packed = p->size / 2 * LANES * word, step = STEP * LANES * word, sums = 2 * rows_of_sums * p->size * word;
+    char *memory = borrow_buffer(kept_by_threads, KEPT,
+                                 round_up(sizeof(Work), 64) + 6 * packed + 7 * step / 2 + 16 * p->size + sums);
     if (!memory) return 0;
     Work *w = carve(&memory, sizeof(Work));
     w->size = p->size, w->scale2 = (float)(p->scale * 1.4426950408889634);
@@ -65,9 +100,11 @@ static Work *new_work(const Problem *p) {
     w->grad = carve(&memory, packed), w->grad_pairs = carve(&memory, packed);
     w->scores = carve(&memory, step), w->slopes = carve(&memory, step);
     w->weights = carve(&memory, step / 2), w->weighed = carve(&memory, step / 2), w->weighed_pairs = carve(&memory, step / 2);
-    w->sum = carve(&memory, 2 * packed), w->last = carve(&memory, 16 * p->size);
+    w->sum = carve(&memory, 2 * packed), w->last = carve(&memory, 16 * p->size), w->own_sums = carve(&memory, sums);
     return w;
 }
+
+static void return_work(Work *w) { return_buffer(kept_by_threads, KEPT, (char *)w); }
 
 static void place_rows(Work *w, const Problem *p, const Tile *tile) {
     int64_t lanes = 0;
