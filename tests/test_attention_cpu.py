@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,16 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(
                 assert torch.equal(ours, one_thread)
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernel
+def test_python_threads_at_the_same_time_do_not_share_buffers() -> None:
+    problems = [random_qkv(TREE.num_tokens, size, heads=(4, 2), seed=size) for size in (32, 64, 128, 256)]
+    expected = [run(inputs) for inputs in problems]
+    with ThreadPoolExecutor(len(problems)) as pool:
+        results = list(pool.map(run, problems * 8))
+    for ours, alone in zip(results, expected * 8, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
 
 
 @needs_kernel

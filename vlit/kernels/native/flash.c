@@ -52,8 +52,9 @@ static void attend(Work *w, const Range *range) {
             ends[v] = (seen.some + 1) / 2, lanes[v] = lanes_of(range, v);
             weigh(w, seen, v, lanes[v]);
         }
-        multiply_all_columns((int)(end - begin), size, w->sum + 16 * begin, (const char *)(range->pairs + from / 2 * size), 4 * size,
-                             (const char *)(w->scores + 16 * begin), ends + begin, w->factor + 16 * begin, lanes + begin);
+        const char *left = (const char *)(range->pairs + from / 2 * size), *right = (const char *)(w->scores + 16 * begin);
+        multiply_all_columns((int)(end - begin), size, w->sum + 16 * begin, left, 4 * size, right, ends + begin,
+                             w->factor + 16 * begin, lanes + begin);
     }
 }
 
@@ -121,7 +122,7 @@ static void weigh_backward(Work *w, Seen seen, int v) {
     }
 }
 
-/* to[8][size] += eight rows of left, [8][LANES], times the packed pairs of rows, over the lanes that see the keys j to j + 8. */
+/* to[8][size] += eight rows of left, [8][LANES], times the packed pairs of rows, over the lanes that see keys j to j + 8. */
 INLINE void eight_gradients(const Work *w, const Range *range, float *to, const bf16 *left, const int32_t *packed, int64_t j) {
     const int64_t lane = larger(16 * first_vector(range, j), range->lane_lo), pairs = (range->lane_hi - lane + 1) / 2;
     for (int64_t e = 0; pairs > 0 && e < w->size; e += LANES)
@@ -153,8 +154,10 @@ static void attend_backward(Work *w, const Range *range) {
             eight_gradients(w, range, range->grad_values + j * size, w->weights + (j - from) * LANES, w->grad_pairs, j);
         for (int64_t j = from; j < from + count; j += 8)
             eight_gradients(w, range, range->grad_keys + j * size, w->weighed + (j - from) * LANES, w->q_pairs, j);
-        multiply_all_columns((int)(end - begin), size, w->sum + 16 * begin, (const char *)(range->pairs + from / 2 * size), 4 * size,
-                             (const char *)(w->weighed_pairs + 16 * begin), ends + begin, w->factor + 16 * begin, lanes + begin);
+        const char *left = (const char *)(range->pairs + from / 2 * size);
+        const char *right = (const char *)(w->weighed_pairs + 16 * begin);
+        multiply_all_columns((int)(end - begin), size, w->sum + 16 * begin, left, 4 * size, right, ends + begin,
+                             w->factor + 16 * begin, lanes + begin);
     }
 }
 
@@ -176,13 +179,15 @@ typedef struct {
 
 static void prefetch_tile(const Problem *p, const Tensors *x, const Tile *tile, int64_t batch, int64_t head) {
     const View *views[] = {x->q, x->grad, x->out};
-    for (int i = 0; i < 3; i++)
-        prefetch_rows(head_of(views[i], batch, head) + p->runs[tile->first_run].row * views[i]->row, views[i]->row, LANES, p->size);
+    for (int i = 0; i < 3; i++) {
+        const int64_t stride = views[i]->row;
+        prefetch_rows(head_of(views[i], batch, head) + p->runs[tile->first_run].row * stride, stride, LANES, p->size);
+    }
 }
 
 /* One tile of one head: its rows of dQ; its share is added to the dK and dV of the base. */
-static void tile_backward(Work *w, const Problem *p, const Tensors *x, const Tile *tile, int64_t batch, int64_t head, Range base,
-                          int64_t origin) {
+static void tile_backward(Work *w, const Problem *p, const Tensors *x, const Tile *tile, int64_t batch, int64_t head,
+                          Range base, int64_t origin) {
     const bf16 *q = head_of(x->q, batch, head), *grad = head_of(x->grad, batch, head), *out = head_of(x->out, batch, head);
     place_rows(w, p, tile);
     pack_lanes(w->q, q, x->q->row, w->rows, w->vectors, p->size);
@@ -204,8 +209,8 @@ static void tile_backward(Work *w, const Problem *p, const Tensors *x, const Til
     store_lanes(head_of(x->grad_q, batch, head), x->grad_q->row, w->rows, w->vectors, p->size, w->sum, w->factor);
 }
 
-/* The tiles of a tree are dealt to `parts` tasks with float sums of dK and dV of their own: few heads can keep many threads busy,
- * and no two threads add to the same sum. `offset`: floats before the tree's sums, if it has several parts. */
+/* The tiles of a tree are dealt to `parts` tasks with float sums of dK and dV of their own: few heads can keep many threads
+ * busy, and no two threads add to the same sum. `offset`: floats before the tree's sums, if it has several parts. */
 typedef struct { int64_t parts, first_task, offset; } Share;
 
 static int64_t packed_rows(const Problem *p, const Tree *tree) {
@@ -229,9 +234,10 @@ static void share_out(const Problem *p, Share *shares) {
     shares[p->num_trees] = next;
 }
 
-/* Rows [from, to) of a segment: the sums of all parts, added in order, become bf16 gradients. */
-static void store_gradients(const Problem *p, const Tensors *x, const Segment *s, int64_t both, const float *sums, int64_t parts,
-                            int64_t from, int64_t to) {
+/* Rows [from, to) of a segment: the sums of all parts, added in order, become bf16 gradients. `both` numbers batch and key
+ * head together. */
+static void store_gradients(const Problem *p, const Tensors *x, const Segment *s, int64_t both, const float *sums,
+                            int64_t parts, int64_t from, int64_t to) {
     const Tree *tree = p->trees + s->tree;
     const int64_t values = packed_rows(p, tree) * p->size, first = s->packed - p->segments[tree->first_segment].packed;
     bf16 *grad_k = head_of(x->grad_k, both / p->kv_heads, both % p->kv_heads) + s->start * x->grad_k->row;
@@ -272,7 +278,8 @@ int vlit_flash_backward(const Problem *p, const Tensors *x) {
         Work *w = borrow_work(p, most_rows);
         if (!w) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         for (int64_t task; w && (task = take(&next)) < tasks;) {
-            int64_t both = task / all.first_task, number = task % all.first_task, batch = both / p->kv_heads, kv = both % p->kv_heads;
+            const int64_t both = task / all.first_task, number = task % all.first_task;
+            const int64_t batch = both / p->kv_heads, kv = both % p->kv_heads;
             const Share *share = shares;
             while (share[1].first_task <= number) share++;
             const Tree *tree = p->trees + (share - shares);

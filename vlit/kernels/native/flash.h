@@ -90,7 +90,8 @@ static void *carve(char **memory, int64_t bytes) {
 
 /* A thread's buffers, to be given to return_work; 0: out of memory. */
 static Work *borrow_work(const Problem *p, int64_t rows_of_sums) {
-    const int64_t word = 4, packed = p->size / 2 * LANES * word, step = STEP * LANES * word, sums = 2 * rows_of_sums * p->size * word;
+    const int64_t word = 4, packed = p->size / 2 * LANES * word, step = STEP * LANES * word;
+    const int64_t sums = 2 * rows_of_sums * p->size * word;
     char *memory = borrow_buffer(kept_by_threads, KEPT,
                                  round_up(sizeof(Work), 64) + 6 * packed + 7 * step / 2 + 16 * p->size + sums);
     if (!memory) return 0;
@@ -156,7 +157,7 @@ static __mmask16 lanes_of(const Range *range, int v) {
     return first_words(smaller(range->lane_hi - 16 * v, 16)) & ~first_words(larger(range->lane_lo - 16 * v, 0));
 }
 
-/* Of `count` keys from `from`: how many at least one lane of a vector sees, how many all see; key j is seen from lane j - edge. */
+/* Of a step's keys: how many at least one lane of a vector sees, how many all see; key j is seen from lane j - edge on. */
 typedef struct { int64_t some, all, edge; } Seen;
 
 INLINE Seen seen_by(const Range *range, int64_t from, int64_t count, int v) {
