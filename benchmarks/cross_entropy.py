@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import timing
 from vlit.kernels.cross_entropy import linear_cross_entropy
 
 IGNORE = -100
@@ -208,10 +208,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     rows = cases(arguments.quick)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    Console(width=160).print(f"PyTorch {torch.__version__}, {device}", table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    facts = timing.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    Console(width=160).print(", ".join(f"{key} {value}" for key, value in facts.items()), table(rows))
+    timing.write_json(arguments.json, {"machine": facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class Stage:
         """One optimizer step."""
         device = self.ranks.device
         self.weights.zero_grad()  # a step that ran out of memory left some
-        self.model.attention_backend = way.attention  # type: ignore[assignment]
+        self.model.attention_backend = way.attention
         self.model.set_gradient_checkpointing(way.recompute)
         self.model.train()
         if device.type == "cuda":

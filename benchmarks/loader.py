@@ -15,15 +15,12 @@ of 640 x 480 takes about 120 kB. Decoding takes longer the more bytes a picture 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from benchmarks import timing
 from tests.scale.index_665k import NUM_IMAGES, write_json
 from vlit.config.schema import DataConfig, DataSource
 from vlit.data.images import Policy, load_view
@@ -97,28 +95,6 @@ class Rows:
             if row["name"].startswith(("start/", "loader/")):
                 table.add_row(row["name"], shown(row["value"]), row["unit"])
         return table
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = {name: version(name) for name in ("torch", "pillow", "numpy", "transformers", "pyarrow")}
-    return {
-        "cpu": cpu,
-        "cores": cores,
-        "load_average": round(os.getloadavg()[0], 2),
-        "system": platform.platform(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        **packages,
-        "libjpeg_turbo": features.version("libjpeg_turbo"),
-    }
 
 
 def make_picture(width: int, height: int, seed: int) -> Image.Image:
@@ -266,11 +242,10 @@ def main() -> None:
             loader = make_loader(Mixture([source], seed=0), tokenizer, data, int(workers))
             measure_loader(loader, rows, arguments.seconds)
     console.print(rows.views_table(), rows.others_table())
-    facts = machine()
+    facts = timing.machine(torch.device("cpu"), ("torch", "pillow", "numpy", "transformers", "pyarrow"))
+    facts["libjpeg_turbo"] = features.version("libjpeg_turbo")
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": facts, "rows": rows.rows}, indent=2) + "\n")
+    timing.write_json(arguments.json, {"machine": facts, "rows": rows.rows})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ one, because a sample meets its own tokens and its prefix only.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import timing
 from benchmarks.models import SIZES, Size, model_config, write_parts
 from benchmarks.records import CASES, make_records
 from vlit.config.schema import TuningConfig
@@ -65,8 +65,8 @@ def measure(size_name: str, rounds: int) -> dict[str, Any]:
         for each in PER_IMAGE[size_name]
     ]  # fmt: skip
     return {
+        "machine": timing.machine(torch.device("cpu")),
         "size": size_name,
-        "threads": torch.get_num_threads(),
         "packed_tokens": packed,
         "records_per_image": shared,
         "lines": {"packed_tokens": _line(packed), "records_per_image": _line(shared)},
@@ -118,8 +118,7 @@ def main() -> None:
             separate = f"  separate {point['separate']:.3f} s" if "separate" in point else ""
             print(f"{key} {point['x']:>6}  {point['seconds']:.3f} s{separate}")
         print(f"  line: R² = {result['lines'][key]['r2']:.4f}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    timing.write_json(options.json, result)
 
 
 if __name__ == "__main__":

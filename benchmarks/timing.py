@@ -43,7 +43,7 @@ class Timing:
     calls: int
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
@@ -64,7 +64,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         facts |= {"gpu": gpu.name, "gpu_memory_gib": round(gpu.total_memory / 2**30, 1), "cuda": torch.version.cuda}
-    for name in PACKAGES:
+    for name in packages:
         try:
             facts[name] = version(name)
         except PackageNotFoundError:

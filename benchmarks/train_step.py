@@ -29,12 +29,10 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import timing
 from benchmarks.models import SIZES, Size, model_config, sizes_as_dict, write_parts
 from benchmarks.records import CASES, make_records
 from benchmarks.systems import SYSTEMS, Job
@@ -120,31 +119,6 @@ def check_agreement(workers: list[Worker]) -> dict[str, Any]:
     return result
 
 
-def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "transformers", "accelerate", "trl", "numpy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": arguments.threads,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-        "dtype": "bfloat16",
-        "python": platform.python_version(),
-        **packages,
-    }
-
-
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table("case", "system", title=title)
     for heading in ("samples/s", "tokens/s", "memory MB", "% of peak", "s/step", "worst", "ratio", "waste %"):
@@ -196,8 +170,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     def peak() -> float:
         return max(matmul_peak(device, torch.bfloat16) for _ in range(PEAK_ROUNDS))
 
-    facts = machine(arguments)
-    facts |= {"load_before": os.getloadavg(), "matmul_peak_before": peak()}
+    facts = timing.machine(device, (*timing.PACKAGES, "trl"))
+    facts |= {"dtype": "bfloat16", "load_before": os.getloadavg(), "matmul_peak_before": peak()}
     done: dict[str, list[Worker]] = {}
     with tempfile.TemporaryDirectory() as name:
         with ProcessPoolExecutor(1, mp_context=fresh_processes(arguments.device)) as pool:

@@ -31,7 +31,7 @@ M_PERTURB = -6
 
 @pytest.fixture(autouse=True)
 def _memory_starts_as_nan() -> Iterator[None]:
-    libc, kernels = ctypes.CDLL(None), native.library()
+    libc, kernels = ctypes.CDLL(None), native.compiled()
     if kernels is not None and kernels.vlit_flash_lanes():
         kernels.vlit_flash_release()
     libc.mallopt(M_PERTURB, 0x100)  # glibc fills with the complement of the low byte: 0xff, a NaN in bf16 and fp32

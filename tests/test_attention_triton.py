@@ -275,7 +275,6 @@ def test_flex_and_triton_are_asked_for_the_same_mask() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------- GPU
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 ODD_LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300]
 GPU_ROWS = {
     "odd lengths": make_segments(ODD_LENGTHS),
@@ -301,7 +300,6 @@ def gpu_attention(backend: str):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("row", GPU_ROWS)
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(2, 2, 64), (4, 2, 96), (8, 2, 128), (2, 1, 256)])
 def test_gpu_bf16_is_as_exact_as_plain_pytorch(row: str, heads: int, key_heads: int, size: int, nan_memory) -> None:
@@ -310,7 +308,6 @@ def test_gpu_bf16_is_as_exact_as_plain_pytorch(row: str, heads: int, key_heads: 
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 80), ("float16", 16), ("float32", 64)])
 def test_gpu_other_dtypes_and_head_sizes_are_as_exact_as_plain_pytorch(dtype: str, size: int, nan_memory) -> None:
     errors = compare(gpu_attention("triton"), GPU_ROWS["tree"], 2, 1, size, getattr(torch, dtype), device="cuda")
@@ -318,7 +315,6 @@ def test_gpu_other_dtypes_and_head_sizes_are_as_exact_as_plain_pytorch(dtype: st
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("size", [64, 128])
 def test_gpu_twenty_runs_give_the_same_bits(size: int) -> None:
     segments = GPU_ROWS["tree"]
@@ -332,7 +328,6 @@ def test_gpu_twenty_runs_give_the_same_bits(size: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("number", range(len(SPOILT)))
 def test_gpu_a_nan_of_one_segment_reaches_only_its_relatives(number: int) -> None:
     changed = spoiled_rows(gpu_attention("triton"), SPOILT_TREE, *SPOILT[number], device="cuda")
@@ -340,7 +335,6 @@ def test_gpu_a_nan_of_one_segment_reaches_only_its_relatives(number: int) -> Non
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize(("backend", "row"), [("flex", "tree"), ("flex", "odd lengths"), ("varlen", "odd lengths")])
 def test_gpu_backends_agree_with_the_definition(backend: str, row: str) -> None:
     errors = compare(gpu_attention(backend), GPU_ROWS[row], 4, 2, 64, torch.bfloat16, device="cuda")
@@ -348,7 +342,6 @@ def test_gpu_backends_agree_with_the_definition(backend: str, row: str) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_gpu_varlen_refuses_a_shared_prefix() -> None:
     q, k, v, _ = random_inputs(GPU_ROWS["tree"], 2, 1, 64, torch.bfloat16, device="cuda")
     with pytest.raises(ValueError, match="knows no shared prefix"):
@@ -356,7 +349,6 @@ def test_gpu_varlen_refuses_a_shared_prefix() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_gpu_a_compiled_model_keeps_the_bits() -> None:
     segments = GPU_ROWS["odd lengths"]
     inputs = random_inputs(segments, 4, 2, 64, torch.bfloat16, device="cuda")
@@ -368,7 +360,6 @@ def test_gpu_a_compiled_model_keeps_the_bits() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_gpu_logits_far_below_zero_are_as_exact_as_plain_pytorch() -> None:
     row = GPU_ROWS["tree"]
     errors = compare(gpu_attention("triton"), row, 2, 1, 64, torch.bfloat16, device="cuda", far_below=True)

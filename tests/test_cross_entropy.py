@@ -225,7 +225,6 @@ def test_the_benchmark_finds_no_error_above_twice_that_of_eager() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_error_on_the_gpu_is_at_most_twice_that_of_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setitem(cross_entropy.SIZES, "cuda", Sizes(64 * 999, 64, 10 * 999))
@@ -234,7 +233,6 @@ def test_error_on_the_gpu_is_at_most_twice_that_of_pytorch(monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_gpu_is_never_waited_for() -> None:
     hidden, weight, targets = head(700, 64, 999, torch.bfloat16, "cuda")
     before = torch.cuda.get_sync_debug_mode()

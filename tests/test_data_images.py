@@ -34,7 +34,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def save(tmp_path: Path, image: Image.Image, name: str = "a.png", **options: object) -> Path:
-    image.save(tmp_path / name, **options)  # type: ignore[arg-type]
+    image.save(tmp_path / name, **options)
     return tmp_path / name
 
 
@@ -145,7 +145,7 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path):
     for name in ("a.gif", "a.png", "a.webp"):
         path = tmp_path / name
         options = {"lossless": True} if name.endswith("webp") else {}
-        frames[0].save(path, save_all=True, append_images=frames[1:], **options)  # type: ignore[arg-type]
+        frames[0].save(path, save_all=True, append_images=frames[1:], **options)
         assert rgb(path)[0, 0].tolist() == [255, 0, 0], name
 
 

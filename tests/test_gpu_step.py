@@ -13,7 +13,7 @@ from vlit.config.schema import TuningConfig
 from vlit.models.tuning import apply_tuning
 from vlit.train.step import on_device
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = pytest.mark.gpu
 
 
 def test_gradients_on_the_gpu_are_those_on_the_cpu(tiny_dir: Path) -> None:

@@ -109,7 +109,7 @@ def write_llava(model: VisionLanguageModel, size: Size, parts: Path) -> None:
         vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=size.image_tokens,
         tie_word_embeddings=False,
     )  # fmt: skip
-    first, _, second = model.connector.layers  # type: ignore[misc]
+    first, _, second = model.connector.layers
     tensors = {f"model.vision_tower.{name}": tensor for name, tensor in _clip(parts / "clip").items()}
     tensors |= {f"{PROJECTOR}linear_1.{name}": tensor for name, tensor in first.state_dict().items()}
     tensors |= {f"{PROJECTOR}linear_2.{name}": tensor for name, tensor in second.state_dict().items()}

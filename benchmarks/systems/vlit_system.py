@@ -46,10 +46,10 @@ class VlitSystem:
 
     def __init__(self, job: Job) -> None:
         case, size = CASES[job.case], SIZES[job.size]
-        settings = Settings(**VARIANTS.get(job.system.removeprefix("vlit-"), {}))  # type: ignore[arg-type]
+        settings = Settings(**VARIANTS.get(job.system.removeprefix("vlit-"), {}))
         if not settings.keep_memory:
             distributed.keep_freed_memory = lambda: False
-        self.ranks = start_ranks(RuntimeConfig(device=job.device, num_threads=job.threads))  # type: ignore[arg-type]
+        self.ranks = start_ranks(RuntimeConfig(device=job.device, num_threads=job.threads))
         config = model_config(job.parts / "clip", job.parts / "llama")
         self.model = build_model(config, dtype=torch.float32 if settings.precision == "fp32" else torch.bfloat16)
         self.model.to(self.ranks.device)

@@ -1,4 +1,4 @@
-"""The processes of a run, through accelerate: rank, device, sums over ranks. One process is the same code."""
+"""The processes of a run through accelerate, and how each uses its machine: rank, device, threads, memory, precision, sums."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _rows(x_HTE: Tensor, block: Block, groups: int) -> Tensor:
 def _softmax(scores: Tensor, block: Block, groups: int, scale: float) -> Tensor:
     """softmax(scale · scores + mask) of ``[K, G · R, N]``; may overwrite ``scores``."""
     rows, shared = block.hi - block.lo, block.prefix_hi - block.prefix_lo
-    if scores.dtype == torch.bfloat16 and native.library() is not None:
+    if scores.dtype == torch.bfloat16 and native.compiled() is not None:
         lo, hi = _bounds(rows, block.lo - block.own_lo, shared, block.cuts)
         return native.softmax_(scores, lo, hi, shared=shared, scale=scale)
     masked = scores.view(scores.shape[0], groups, rows, -1)[..., -rows:]
@@ -127,7 +127,7 @@ def _softmax(scores: Tensor, block: Block, groups: int, scale: float) -> Tensor:
 def _softmax_backward(grad: Tensor, weights: Tensor, block: Block, scale: float) -> Tensor:
     """Gradient of the scores from that of the weights; may overwrite ``grad``."""
     rows, shared = block.hi - block.lo, block.prefix_hi - block.prefix_lo
-    if grad.dtype == torch.bfloat16 and native.library() is not None:
+    if grad.dtype == torch.bfloat16 and native.compiled() is not None:
         lo, hi = _bounds(rows, block.lo - block.own_lo, shared, block.cuts)
         return native.softmax_backward_(grad, weights, lo, hi, shared=shared, scale=scale)
     return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)

@@ -30,7 +30,7 @@ _pointer = ctypes.c_void_p
 @lru_cache(maxsize=1)
 def _lanes() -> int:
     """Most query rows of a tile, an even number; 0 where the kernel cannot run."""
-    kernels = native.library()
+    kernels = native.compiled()
     return 0 if kernels is None else int(kernels.vlit_flash_lanes())
 
 
@@ -158,7 +158,7 @@ def _problem(q_BHTE: Tensor, k_BKTE: Tensor, plan: Plan, scale: float) -> Any:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    kernels = native.library()
+    kernels = native.compiled()
     assert kernels is not None
     if getattr(kernels, name)(*arguments):
         raise MemoryError(f"{name}: no memory for the buffers of a thread. Make the row shorter or use fewer threads.")

@@ -40,7 +40,7 @@ def cache_folder() -> Path:
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be used (no C compiler, not Linux, ``VLIT_NATIVE=0``)."""
     if os.environ.get("VLIT_NATIVE") == "0" or sys.platform != "linux":
         return None
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         openmp = _share_openmp()
-        return ctypes.CDLL(str(_compiled(compiler, openmp)))
+        return ctypes.CDLL(str(_build(compiler, openmp)))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         print(
@@ -70,7 +70,7 @@ def _share_openmp() -> bool:
     return False
 
 
-def _compiled(compiler: str, openmp: bool) -> Path:
+def _build(compiler: str, openmp: bool) -> Path:
     """The shared library, named by all that decides its content. Written aside and renamed: ranks may race."""
     flags = (*_FLAGS, "-fopenmp" if openmp else "-fopenmp-simd")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
@@ -103,7 +103,7 @@ def softmax_(scores: Tensor, lo: Tensor, hi: Tensor, *, shared: int, scale: floa
 
     ``scores`` contiguous bf16 ``[B, R, N]``; ``lo``, ``hi`` int64 with R or a divisor of R entries, repeating.
     """
-    kernels = library()
+    kernels = compiled()
     assert kernels is not None
     batch, rows, width = scores.shape
     kernels.vlit_softmax_bf16(
@@ -115,7 +115,7 @@ def softmax_(scores: Tensor, lo: Tensor, hi: Tensor, *, shared: int, scale: floa
 
 def softmax_backward_(grad: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, *, shared: int, scale: float) -> Tensor:
     """Gradient of the softmax's result -> gradient of the scores, in place; arguments as in :func:`softmax_`."""
-    kernels = library()
+    kernels = compiled()
     assert kernels is not None
     batch, rows, width = grad.shape
     kernels.vlit_softmax_backward_bf16(
@@ -127,7 +127,7 @@ def softmax_backward_(grad: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, *, 
 
 def copy_heads_(to_HRE: Tensor, from_HRE: Tensor) -> Tensor:
     """``to.copy_(from)`` for equal shapes whose last dimension is contiguous in both."""
-    kernels = library()
+    kernels = compiled()
     size = from_HRE.element_size()
     if kernels is None or to_HRE.stride(2) != 1 or from_HRE.stride(2) != 1:
         return to_HRE.copy_(from_HRE)
