@@ -13,7 +13,7 @@ gradients of a row. Where that runs with no policy, LoRA adapters of rank 128 ar
 |----------|-----------------------------------------------------------------------------------------------------|
 | s/step   | median, from an idle device to an idle device                                                       |
 | tokens/s | positions computed, images included; "record tokens" counts a shared prefix in every record         |
-| peak     | useful FLOPs (:mod:`vlit.train.flops`: no recomputation) / seconds / bf16 matmul peak of this run   |
+| peak     | useful FLOPs (:mod:`vlit.models.flops`: no recomputation) / seconds / bf16 matmul peak of this run   |
 | GiB      | most memory PyTorch allocated on the GPU, weights and optimizer included                            |
 """
 
@@ -38,11 +38,11 @@ from vlit.models.assemble import VisionLanguageModel
 from vlit.models.attention import register
 from vlit.models.encoders._hf_model import PassThrough, find_structure
 from vlit.models.encoders.hf import HfVisionEncoder
+from vlit.models.flops import UsefulFlops
 from vlit.models.interfaces import EncoderSpec
 from vlit.models.llms.hf import HFLanguageModel
 from vlit.models.tuning import apply_tuning
 from vlit.train.distributed import Ranks, start_ranks
-from vlit.train.flops import UsefulFlops
 from vlit.train.optimizer import TrainedWeights
 from vlit.train.step import StepResult, train_step
 from vlit.types import ModelSpec, StepBatch

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlit.train.flops import matmul_peak
+from vlit.models.flops import matmul_peak
 
 Call = Callable[[], object]
 Clock = Callable[[Call, int, torch.device], float]

@@ -17,7 +17,7 @@ when a system fails. All steps see the same batch.
 | waste            | padding positions / all positions the language model computes                                        |
 | peak_memory_mb   | highest memory during the steps less the memory after the imports; on a GPU what torch allocated     |
 
-Useful FLOPs are what the mathematics of the step needs (:mod:`vlit.train.flops`): no padding, no recomputation, logits
+Useful FLOPs are what the mathematics of the step needs (:mod:`vlit.models.flops`): no padding, no recomputation, logits
 at supervised positions only, a prefix that records share once. It is the same number for all systems of a case, so
 peak_fraction also shows what a system computes in vain. The matmul peak is measured with the same threads and dtype before
 the first case and after the last; the larger counts.
@@ -61,7 +61,7 @@ def prepare(size: Size, batches: dict[str, int], folder: Path, micro_batch_token
     from benchmarks.systems.transformers_system import write_llava
     from benchmarks.systems.vlit_system import packed_rows, tune
     from vlit.models.assemble import build_model
-    from vlit.train.flops import UsefulFlops
+    from vlit.models.flops import UsefulFlops
 
     model = build_model(model_config(*write_parts(size, folder)), dtype=torch.bfloat16)
     write_llava(model, size, folder)
@@ -162,7 +162,7 @@ def parse() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Everything the command reports."""
-    from vlit.train.flops import matmul_peak
+    from vlit.models.flops import matmul_peak
 
     size, device = SIZES[arguments.size], torch.device(arguments.device)
     batches = {case: arguments.batch or CASES[case].default_batch(arguments.size) for case in arguments.cases}

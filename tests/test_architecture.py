@@ -17,6 +17,7 @@ FLOORS = {
     "models": 2,
     "data": 2,
     "answer": 3,
+    "plan": 4,
     "train": 4,
     "eval": 4,
     "synth": 4,

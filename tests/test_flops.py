@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.batches import packed
 from tests.test_models_assembly import assemble, examples
 from vlit.config.schema import TuningConfig
+from vlit.models.flops import UsefulFlops
 from vlit.models.tuning import apply_tuning
-from vlit.train.flops import UsefulFlops
 
 TUNINGS = {
     "align": {},

@@ -17,10 +17,10 @@ from vlit.data.pack import pack
 from vlit.data.share import Tree, share_prefixes, single
 from vlit.kernels.attention import Backend
 from vlit.models.assemble import VisionLanguageModel, build_model
+from vlit.models.flops import UsefulFlops
 from vlit.models.tuning import apply_tuning
 from vlit.train import distributed
 from vlit.train.distributed import start_ranks
-from vlit.train.flops import UsefulFlops
 from vlit.train.optimizer import TrainedWeights
 from vlit.train.step import train_step
 from vlit.types import PackedBatch, StepBatch

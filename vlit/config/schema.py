@@ -76,6 +76,10 @@ class DataConfig(Strict):
     """Loader processes. `auto`: 0 for fewer than 4 cores, else up to 8; 0 loads in the training process."""
     cache_dir: str | None = None
     """Where dataset indexes are kept. Default: `$VLIT_CACHE` or `~/.cache/vlit`."""
+    manifest: str | None = None
+    """Manifest of bad records that `vlit doctor` wrote. Default: `<output_dir>/doctor/manifest.jsonl` where it exists. Under
+    `on_bad_sample: quarantine` its records are left out and count towards the budget, under `error` the first one ends the
+    run before it starts."""
     check_samples: PositiveInt = 512
     """Samples looked at before training; the run refuses to start when more than 1 % of them have no supervised token."""
 
@@ -173,6 +177,10 @@ class CheckpointConfig(Strict):
     """Also save when this many minutes have passed since the last checkpoint."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    asynchronous: bool = True
+    """Write in the background from a copy in host memory, while training goes on; `false` waits for the disk."""
+    max_failures: PositiveInt = 3
+    """This many failed saves in a row (a full disk, say) end the run; until then it goes on and warns."""
 
 
 def _policy(value: Any) -> Any:
@@ -214,8 +222,19 @@ class StageConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
+class OffloadConfig(Strict):
+    """What ZeRO keeps outside of GPU memory."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Optimizer states and fp32 masters; `nvme` needs `zero3`."""
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Sharded weights between uses (`zero3` only)."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk for `nvme`."""
+
+
 class RuntimeConfig(Strict):
-    """Where and how precisely to compute."""
+    """Where and how precisely to compute, and how several processes share the work."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -228,6 +247,18 @@ class RuntimeConfig(Strict):
     """Compile the blocks with torch.compile: about a tenth faster; the first step takes about a minute longer."""
     num_threads: PositiveInt | None = None
     """CPU threads of this process. Default: all cores divided by the processes on this machine."""
+    strategy: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    """What the processes split besides the data: nothing (`ddp`), optimizer states (`zero1`), also gradients (`zero2`), also
+    weights (`zero3`). `auto`: `none` for one process, `ddp` for several. One process needs no ZeRO and runs without it unless
+    something is offloaded."""
+    offload: OffloadConfig = OffloadConfig()
+    deepspeed: dict[str, Any] | str | None = None
+    """Further DeepSpeed settings, as a mapping or the path of a JSON file. Keys that vlit sets itself are refused."""
+    preflight: bool = True
+    """Compare versions, configuration and data of all processes, and try disk and collectives, before weights are loaded."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """A process that makes no progress for this many seconds ends the run with the name of the rank and the phase it is in.
+    Null: never."""
 
 
 class RunConfig(Strict):
@@ -253,6 +284,26 @@ class RunConfig(Strict):
     """`auto` continues an interrupted run of the same configuration; `never` refuses a non-empty `output_dir`."""
     allow_config_drift: bool = False
     """Resume although the configuration changed since the checkpoint (the difference is printed)."""
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> RunConfig:
+        runtime, offload = self.runtime, self.runtime.offload
+        zero = runtime.strategy.startswith("zero")
+        if not zero and (offload.optimizer != "none" or offload.parameters != "none" or runtime.deepspeed is not None):
+            raise ValueError(
+                f"runtime.strategy {runtime.strategy} does not use DeepSpeed. Use zero1, zero2 or zero3 with it"
+            )
+        if runtime.strategy != "zero3" and (offload.parameters != "none" or offload.optimizer == "nvme"):
+            raise ValueError("runtime.offload: parameters, and anything on nvme, need runtime.strategy zero3")
+        if "nvme" in (offload.optimizer, offload.parameters) and offload.nvme_path is None:
+            raise ValueError("runtime.offload.nvme_path is missing. Name a folder on a fast local disk")
+        for name, stage in self.stages.items():
+            if zero and stage.optimizer.type == "muon":
+                raise ValueError(
+                    f"stages.{name}.optimizer: muon needs whole matrices, {runtime.strategy} cuts them. Use adamw, or "
+                    "runtime.strategy ddp"
+                )
+        return self
 
     @field_validator("stages")
     @classmethod

@@ -21,11 +21,11 @@ from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import CheckpointError, TrainingError
 from vlit.models.artifact import check_same_parts, load_model, model_config, read_manifest, save_model
 from vlit.models.assemble import VisionLanguageModel, build_model, model_spec
+from vlit.models.flops import matmul_peak
 from vlit.models.interop import initialise
 from vlit.models.tuning import apply_tuning, has_lora, merge_lora, rows_as_dicts, table_of_parts
 from vlit.train.checkpoint import Position, check_identity
 from vlit.train.distributed import Ranks, compute_dtype, start_ranks
-from vlit.train.flops import matmul_peak
 from vlit.train.metrics import format_seconds
 from vlit.train.sharing import share_at_most
 from vlit.train.stage import StageRun, open_mixture, stage_identity, train_stage

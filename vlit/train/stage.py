@@ -22,9 +22,9 @@ from vlit.data.source import RecordSource, open_source
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import TrainingError
 from vlit.models.assemble import VisionLanguageModel
+from vlit.models.flops import UsefulFlops
 from vlit.train.checkpoint import Position, check_identity, newest_state, restore_state, save_state
 from vlit.train.distributed import Ranks
-from vlit.train.flops import UsefulFlops
 from vlit.train.metrics import MetricsFile, Progress, log_line, memory_used
 from vlit.train.optimizer import TrainedWeights, learning_rate_factor
 from vlit.train.sharing import share_at_most

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlit.models.assemble import VisionLanguageModel
+from vlit.models.flops import UsefulFlops
 from vlit.train.distributed import Ranks
-from vlit.train.flops import UsefulFlops
 from vlit.train.optimizer import TrainedWeights
 from vlit.types import PackedBatch, StepBatch
 
