@@ -86,7 +86,10 @@ def load_plugins(modules: list[str]) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a module does when it is imported
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             raise ConfigError(
-                f'plugins: cannot import "{name}": {error}. Install it or put its folder on PYTHONPATH.'
+                f'plugins: cannot import "{name}": {kind}{error}. Install it or put its folder on PYTHONPATH.'
             ) from error

@@ -6,35 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from vlit.config.safe_yaml import parse_yaml
 from vlit.config.schema import RunConfig
 from vlit.errors import ConfigError
 from vlit.registry import load_plugins
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a key written twice is an error, and ``1e-3`` is a number (YAML 1.2), not a string."""
-
-
-def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            mark = key_node.start_mark
-            raise ConfigError(f'{mark.name}:{mark.line + 1}: key "{key}" is written twice. Keep one of them.')
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -45,16 +22,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _read(path: Path, shown: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     if path in chain:
         raise ConfigError(f"{shown}: extends itself through {' -> '.join(p.name for p in (*chain, path))}.")
-    if not path.is_file():
-        by = f" (extended by {chain[-1].name})" if chain else ""
+    by = f" (extended by {chain[-1].name})" if chain else ""
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ConfigError(
             f"{shown}: no such configuration file{by}. Check the path; published ones are under configs/."
-        )
-    try:
-        with path.open(encoding="utf-8") as file:
-            data = yaml.load(file, _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{shown}: not valid YAML: {' '.join(str(error).split())}") from error
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be read{by} ({error.strerror}). Check the path and its rights.") from error
+    data = parse_yaml(text, name=str(shown))
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -63,7 +40,9 @@ def _read(path: Path, shown: Path, chain: tuple[Path, ...]) -> tuple[dict[str, A
     origins = {".".join(p): str(shown) for p in _paths(data)}
     if parent is None:
         return data, origins
-    base, base_origins = _read((path.parent / str(parent)).resolve(), shown.parent / str(parent), (*chain, path))
+    if not isinstance(parent, str) or not parent or "\0" in parent:
+        raise ConfigError(f"{shown}: extends: {parent!r} is not the path of a file. Give one, relative to this file.")
+    base, base_origins = _read((path.parent / parent).resolve(), shown.parent / parent, (*chain, path))
     return merge(base, data), {**base_origins, **origins}
 
 
@@ -97,21 +76,18 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not sep or not all(keys):
         raise ConfigError(f'override "{override}": expected key.path=value, for example stages.align.max_steps=20.')
-    try:
-        value = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f'override "{override}": the value is not valid YAML: {error}') from error
+    value = parse_yaml(text, name=f'override "{override}": the value')
     node: Any = data
     for depth, key in enumerate(keys[:-1]):
         if isinstance(node, list):
             node = _item(node, key, override)
-            continue
-        if key in node and not isinstance(node[key], (dict, list)) and node[key] is not None:
+        else:
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        if not isinstance(node, (dict, list)):
             here = ".".join(keys[: depth + 1])
-            raise ConfigError(f'override "{override}": {here} is {node[key]!r}, it has no key "{keys[depth + 1]}".')
-        if node.get(key) is None:
-            node[key] = {}
-        node = node[key]
+            raise ConfigError(f'override "{override}": {here} is {node!r}, it has no key "{keys[depth + 1]}".')
     if isinstance(node, list):
         _item(node, keys[-1], override)
         node[int(keys[-1])] = value
@@ -135,10 +111,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     shown = Path(path)
     data, origins = _read(shown.resolve(), shown, ())
+    mistakes: list[str] = []
     for override in overrides:
-        apply_override(data, override)
+        try:
+            apply_override(data, override)
+        except ConfigError as error:
+            mistakes.append(str(error))
         origins[override.partition("=")[0].strip()] = f'override "{override}"'
-    return validate_config(data, name=str(shown), origins=origins)
+    try:
+        run = validate_config(data, name=str(shown), origins=origins)
+    except ConfigError as error:
+        mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return run
 
 
 def validate_config(data: dict[str, Any], *, name: str, origins: dict[str, str] | None = None) -> RunConfig:

@@ -18,9 +18,14 @@ CLIP processor bit for bit. *Fast* differs in two places; figures are for photog
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+import stat
+import struct
 import warnings
 from math import ceil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,33 +40,81 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; may fall between them and outside of the picture."""
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (PIL's own limit for refusing a decompression bomb): about 13,377 by 13,377."""
-_EXTREME_RATIO = 32
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, by content. Rare formats are left out: PIL hands EPS to Ghostscript, which runs what the file says."""
+EXTREME_RATIO = 32
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, AttributeError, struct.error,
+)  # fmt: skip
+"""What PIL's readers raise for damaged files."""
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def resolve_image(image: str, image_root: Path) -> Path:
-    """The file an image reference names. References are data, so ``..`` and absolute paths outside the root are
-    refused; links that the owner of the folder made are followed.
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://|(data|file|https?|ftp):", re.IGNORECASE)
+_WINDOWS_ABSOLUTE = re.compile(r"[a-z]:[\\/]|\\\\", re.IGNORECASE)
+_MAX_NAME, _MAX_PATH = 255, 2048  # bytes; what file systems take
+
+
+def refusal(image: str) -> str | None:
+    """Why an image reference cannot name a file of an image folder, whatever the folder; None when it can."""
+    if not image.strip():
+        return f"image path is {image!r}, expected a non-empty string"
+    if "\0" in image or _REMOTE.match(image):
+        return f"image path {image[:80]!r} is not a file path (remote and inline images are not read)"
+    if _WINDOWS_ABSOLUTE.match(image):
+        return f"image path {image[:80]!r} is absolute; write it relative to the image folder, with /"
+    if ".." in PurePosixPath(image.replace("\\", "/")).parts:
+        return f"image path {image[:80]!r} leaves the image folder with .."
+    encoded = os.fsencode(image)
+    if len(encoded) > _MAX_PATH or max(map(len, encoded.split(b"/"))) > _MAX_NAME:
+        return f"image path {image[:80]!r}… has {len(encoded)} bytes, more than a file name can have"
+    return None
+
+
+def resolve_image(image: str, image_root: Path, *, follow_links: bool = False) -> Path:
+    """The file an image reference names. References are data, so ``..`` and absolute paths outside the root are refused.
+
+    So are links in the folder that lead out of it, unless ``follow_links`` says that they may; the folder itself may be a
+    link. Costs one system call an image, and a few for each folder when it is first met.
     """
     path = Path(image)
+    if reason := refusal(image):
+        raise DataError(f"{reason} (image folder {image_root}). Write a path relative to that folder, without ..")
     if path.is_absolute():
-        if not path.is_relative_to(image_root.absolute()) or ".." in path.parts:
+        if not path.is_relative_to(image_root.absolute()):
             raise DataError(
                 f"image {image!r} lies outside the image folder {image_root}. Set images: of the data source to a "
                 "folder that holds it, or make the path relative."
             )
-        return path
-    if ".." in path.parts or "\0" in image:
+    else:
+        path = image_root / path
+    if not follow_links:
+        _refuse_way_out(str(path), image, str(image_root))
+    return path
+
+
+def _refuse_way_out(path: str, image: str, image_root: str) -> None:
+    """DataError when a link leads out of the image folder."""
+    real = os.path.realpath(path) if os.path.islink(path) else None
+    folder, root = (_real_folder(os.path.abspath(name)) for name in (os.path.dirname(path), image_root))
+    if real is None:
+        real = os.path.join(folder, os.path.basename(path))
+    if not (real + os.sep).startswith(os.path.join(root, "")):
         raise DataError(
-            f"image {image!r} leaves the image folder {image_root}. Write it relative to that folder, without .."
+            f"image {image!r} is a link that leads out of the image folder {image_root}, to {real}. Move the file into the "
+            "folder, or set data.follow_links: true if you trust who made the link."
         )
-    return image_root / path
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 class _Decoded(NamedTuple):
@@ -127,9 +180,12 @@ def open_rgb(
 
 def _decode(path: Path, background: tuple[int, int, int], at_least: int | None, side: Side) -> _Decoded:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, a device never ends
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise DataError(f"{path}: not an image (it is {kind}). Name an image file.")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            warnings.simplefilter("ignore")  # PIL warns of damaged EXIF and odd palettes without naming the file
+            with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise DataError(
@@ -137,7 +193,7 @@ def _decode(path: Path, background: tuple[int, int, int], at_least: int | None, 
                     )
                 scale = 1 if at_least is None else _draft(image, at_least, side)
                 image.load()
-                method = _UPRIGHT.get(_orientation(image))
+                method = _UPRIGHT.get(orientation_of(image))
                 upright = image if method is None else image.transpose(method)
                 if method is not None:
                     width, height = upright.width * scale, upright.height * scale
@@ -148,8 +204,13 @@ def _decode(path: Path, background: tuple[int, int, int], at_least: int | None, 
         raise DataError(f"{path}: more than {MAX_PIXELS:,} pixels. Make the picture smaller.") from error
     except Image.UnidentifiedImageError as error:
         raise DataError(f"{path}: not an image ({_first_bytes(path)}). Replace the file.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what PIL's decoders raise for damaged files
-        raise DataError(f"{path}: the image cannot be decoded ({error}). Replace the file.") from error
+    except PermissionError as error:
+        raise DataError(f"{path}: the image may not be read ({error.strerror}). Change its permissions.") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: not enough memory to decode the image. Make the picture smaller.") from error
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: the image cannot be decoded ({reason}). Replace the file.") from error
 
 
 def _draft(image: Image.Image, at_least: int, side: Side) -> int:
@@ -159,9 +220,9 @@ def _draft(image: Image.Image, at_least: int, side: Side) -> int:
     the first ones. Strips are decoded whole: their short side has no pixel to give.
     """
     short, long = sorted(image.size)
-    if image.format not in ("JPEG", "MPO") or long >= _EXTREME_RATIO * short:
+    if image.format not in ("JPEG", "MPO") or long >= EXTREME_RATIO * short:
         return 1
-    length, upright = (long if side == "long" else short), _orientation(image) not in _UPRIGHT
+    length, upright = (long if side == "long" else short), orientation_of(image) not in _UPRIGHT
     for factor in (8, 4, 2):
         if length >= factor * at_least and (upright or short % factor == long % factor == 0):
             drafted = image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
@@ -169,11 +230,11 @@ def _draft(image: Image.Image, at_least: int, side: Side) -> int:
     return 1
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """How the picture is stored, as EXIF numbers it: 1 is upright."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except (SyntaxError, ValueError, TypeError, KeyError, OSError, AttributeError):  # damaged EXIF, sound pixels
+    except _DAMAGED:  # damaged EXIF, sound pixels
         return 1
     return orientation if isinstance(orientation, int) else 1
 
@@ -182,7 +243,7 @@ def _square(decoded: _Decoded, size: int, resample: Image.Resampling) -> tuple[I
     """The picture and the square around it, which reaches beyond its pixels; LLaVA rounds the left and top margin down."""
     image, width, height, scale = decoded
     side = max(width, height)
-    if side > size and side >= _EXTREME_RATIO * min(width, height):  # the square of a 20000 x 10 strip would be 1.2 GB
+    if side > size and side >= EXTREME_RATIO * min(width, height):  # the square of a 20000 x 10 strip would be 1.2 GB
         shrink = size / side
         image = image.resize((max(1, round(width * shrink)), max(1, round(height * shrink))), resample)
         (width, height), side = image.size, size
@@ -198,8 +259,8 @@ def _crop(decoded: _Decoded, size: int) -> tuple[Image.Image, Box, tuple[int, in
     image, width, height, _ = decoded
     box = decoded.box
     short, long = sorted((width, height))
-    if long >= _EXTREME_RATIO * short:  # keep the middle: the ends of a strip would be enlarged only to be cut off
-        keep = _EXTREME_RATIO * short
+    if long >= EXTREME_RATIO * short:  # keep the middle: the ends of a strip would be enlarged only to be cut off
+        keep = EXTREME_RATIO * short
         left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
         image = image.crop((left, top, left + min(width, keep), top + min(height, keep)))
         width, height = image.size
@@ -273,8 +334,6 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _first_bytes(path: Path) -> str:
-    if path.is_dir():
-        return "it is a folder"
     with path.open("rb") as file:
         head = file.read(12)
     return f"it starts with {head!r}" if head else "the file is empty"

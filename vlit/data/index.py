@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from vlit.data.cache import writable_cache
 from vlit.data.formats._base import BadRow, FormatConfig, Row, place_of
 from vlit.data.progress import phase
 from vlit.errors import DataError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 ROWS_PER_BATCH = 2048
 _HASH_CHUNK = 8 << 20
+_MAX_CHARACTERS = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,11 @@ class IndexInfo:
     num_bad: int
     num_with_images: int
     content_hash: str
-    bad: list[dict[str, Any]] = field(default_factory=list)  # record, id, reason; at most MAX_BAD_KEPT
+    bad: list[dict[str, Any]] = field(default_factory=list)  # record, id, reason, check; at most MAX_BAD_KEPT
 
 
 MAX_BAD_KEPT = 100_000
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """``cache_dir``, else ``$VLIT_CACHE``, else ``~/.cache/vlit``."""
-    return Path(cache_dir or os.environ.get("VLIT_CACHE") or Path.home() / ".cache" / "vlit").expanduser()
+MAX_BAD_LISTED = 50
 
 
 def build_or_open_index(
@@ -60,10 +58,10 @@ def build_or_open_index(
     """The index of ``path``; built if the cache does not hold it. Processes that want the same one wait for the first.
 
     Raises:
-        DataError: the file cannot be read, holds no valid record, or (``stop_at_first_bad``) its first bad record.
+        DataError: the file cannot be read, holds no valid record, or (``stop_at_first_bad``) has bad ones. The file is read
+            to its end all the same, so that one message lists them all.
     """
-    folder = cache_folder(cache_dir) / "index"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_cache(cache_dir, "index")
     content_hash = _content_hash(path, folder, progress=progress)
     identity = json.dumps([INDEX_VERSION, content_hash, format.model_dump(mode="json")], sort_keys=True)
     base = folder / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
@@ -72,21 +70,27 @@ def build_or_open_index(
         with _lock(base.with_suffix(".lock")):
             info = _read_info(base)  # another process may have built it while this one waited
             if info is None:
-                info = _build(
-                    path, base, format=format, content_hash=content_hash, stop=stop_at_first_bad, progress=progress
-                )
+                info = _build(path, base, format=format, content_hash=content_hash, progress=progress)
     if stop_at_first_bad and info.num_bad:
-        bad = info.bad[0]
-        raise bad_record_error(path, BadRow(bad["record"], bad["id"], bad["reason"]), num_quarantined=0)
+        raise _bad_records_error(path, info)
     return info
 
 
-def bad_record_error(path: Path, bad: BadRow, *, num_quarantined: int) -> DataError:
-    """The error that a bad record raises under ``data.on_bad_sample: error``."""
-    return DataError(
-        f"{place_of(path, bad.record, bad.id)}: {bad.reason}. Fix the record, or set data.on_bad_sample: quarantine "
-        f"(now: error; {num_quarantined} quarantined so far)."
-    )
+def _bad_records_error(path: Path, info: IndexInfo) -> DataError:
+    """The error that bad records raise under ``data.on_bad_sample: error``: one line each, none left for the next run."""
+    lines = _listed(path, info.bad, info.num_bad)
+    remedy = "or set data.on_bad_sample: quarantine (now: error; 0 quarantined so far)."
+    if info.num_bad == 1:
+        return DataError(f"{lines[0]}. Fix the record, {remedy}")
+    head = f"{path.name}: {info.num_bad} of {info.num_bad + info.num_records} records are bad. Fix them, {remedy}"
+    return DataError("\n  ".join([head, *lines]))
+
+
+def _listed(path: Path, bad_rows: list[dict[str, Any]], num_bad: int) -> list[str]:
+    """A line for each of the first ``MAX_BAD_LISTED`` bad records, and one for the number of the others."""
+    shown = bad_rows[:MAX_BAD_LISTED]
+    lines = [f"{place_of(path, bad['record'], bad['id'])}: {bad['reason']}" for bad in shown]
+    return [*lines, f"and {num_bad - len(shown)} more; vlit doctor lists all"] if num_bad > len(shown) else lines
 
 
 class ArrowRows:
@@ -101,6 +105,13 @@ class ArrowRows:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self._open()[row]
+
+    def table(self) -> Any:
+        """All rows as a memory-mapped pyarrow table: record, id, kind, images, turns."""
+        import pyarrow as pa
+
+        with pa.memory_map(self.path) as file:
+            return pa.ipc.open_stream(file).read_all()
 
     def first_images(self) -> np.ndarray:
         """int64 [rows]: equal for rows whose first image reference is the same, -1 for rows without an image."""
@@ -123,7 +134,7 @@ class ArrowRows:
         return self._dataset
 
 
-def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, stop: bool, progress: bool) -> IndexInfo:
+def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, progress: bool) -> IndexInfo:
     import pyarrow as pa
 
     schema = pa.schema(
@@ -147,8 +158,6 @@ def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, s
         ):
 
             def keep_bad(bad: BadRow) -> None:
-                if stop:
-                    raise bad_record_error(path, bad, num_quarantined=0)
                 counts["bad"] += 1
                 if len(bad_rows) < MAX_BAD_KEPT:
                     bad_rows.append(bad._asdict())
@@ -159,15 +168,21 @@ def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, s
                 counts["with_images"] += sum(1 for row in rows if row.images)
                 report(len(rows))
         if not counts["rows"]:
-            first = f" First: record {bad_rows[0]['record']}: {bad_rows[0]['reason']}." if bad_rows else ""
-            raise DataError(f"{path}: no valid record ({counts['bad']} bad ones).{first} Check the file.")
+            head = f"{path}: no valid record ({counts['bad']} bad ones). Check the file."
+            raise DataError("\n  ".join([head, *_listed(path, bad_rows, counts["bad"])]))
         arrow = base.with_suffix(".arrow")
+        size = aside.stat().st_size
         os.replace(aside, arrow)
+    except OSError as error:
+        raise DataError(
+            f"{aside}: the index of {path.name} cannot be written ({error.strerror}). Make room there, or set data.cache_dir."
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
     meta = {
         "source": str(path.resolve()),
         "content_hash": content_hash,
+        "bytes": size,
         "num_records": counts["rows"],
         "num_bad": counts["bad"],
         "num_with_images": counts["with_images"],
@@ -183,14 +198,16 @@ def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, s
 
 def _batches(rows: Iterator[Row | BadRow], on_bad: Callable[[BadRow], None]) -> Iterator[list[Row]]:
     held: list[Row] = []
+    characters = 0  # a column of a batch must stay below 2 GiB
     for row in rows:
         if isinstance(row, BadRow):
             on_bad(row)
             continue
         held.append(row)
-        if len(held) == ROWS_PER_BATCH:
+        characters += sum(map(len, row.texts))
+        if len(held) == ROWS_PER_BATCH or characters > _MAX_CHARACTERS:
             yield held
-            held = []
+            held, characters = [], 0
     if held:
         yield held
 
@@ -228,11 +245,16 @@ def _record_batch(rows: list[Row], schema: Any) -> Any:
 
 
 def _read_info(base: Path) -> IndexInfo | None:
-    """None unless both files of a finished index are there. The description is written last, so it is the done-mark."""
+    """None unless both files of a finished index are there and whole, else it is built again. The description is written
+    last, so it is the done-mark.
+    """
     meta_path, arrow = base.with_suffix(".json"), base.with_suffix(".arrow")
-    if not meta_path.is_file() or not arrow.is_file():
+    try:
+        meta = json.loads(meta_path.read_bytes())
+        if arrow.stat().st_size != meta["bytes"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    meta = json.loads(meta_path.read_bytes())
     return IndexInfo(
         path=str(arrow),
         num_records=meta["num_records"],
@@ -269,7 +291,8 @@ def _content_hash(path: Path, folder: Path, *, progress: bool) -> str:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
             report(len(chunk))
-    _write_atomically(memo, json.dumps({"signature": signature, "hash": digest.hexdigest()}).encode())
+    with contextlib.suppress(OSError):
+        _write_atomically(memo, json.dumps({"signature": signature, "hash": digest.hexdigest()}).encode())
     return digest.hexdigest()
 
 

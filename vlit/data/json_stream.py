@@ -15,7 +15,11 @@ import numpy as np
 from vlit.errors import DataError
 
 CHUNK_BYTES = 16 << 20
+MAX_RECORD_BYTES = 256 << 20
+"""A longer record is refused: a file without line ends or with a lost quote would otherwise be held in memory whole."""
 _WHITESPACE = b" \t\r\n"
+_MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+_OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # their byte order marks
 _QUOTE, _BACKSLASH, _COMMA = 34, 92, 44
 _STEP = np.zeros(256, np.int8)  # change of nesting depth
 _STEP[[ord("{"), ord("[")]] = 1
@@ -34,39 +38,62 @@ def iter_json_records(path: Path, *, advance: Callable[[int], object] | None = N
     """
     try:
         with path.open("rb") as file:
-            head = file.read(4096)
-            if not head.lstrip(b"\xef\xbb\xbf").lstrip(_WHITESPACE):
-                raise DataError(f"{path}: the file is empty. Expected a JSON array of records or one record a line.")
-            start = 3 if head.startswith(b"\xef\xbb\xbf") else 0
+            start, first = _beginning(file, path)
             file.seek(start)
-            is_array = head[start:].lstrip(_WHITESPACE).startswith(b"[")
-            yield from (_array if is_array else _lines)(file, path, advance or (lambda _: None))
+            yield from (_array if first == b"[" else _lines)(file, path, advance or (lambda _: None))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path in data.path.") from error
 
 
+def _beginning(file: IO[bytes], path: Path) -> tuple[int, bytes]:
+    """Where the text begins, past a byte order mark and white space, and its first character."""
+    head = file.read(4096)
+    if head.startswith(_OTHER_ENCODINGS) or b"\0" in head[:4]:
+        raise DataError(f"{path}: the file is not UTF-8 text (it starts with {head[:8]!r}). Save it as UTF-8 JSON.")
+    start = len(_MARK) if head.startswith(_MARK) else 0
+    head = head[start:]
+    while head and not head.strip(_WHITESPACE):
+        start += len(head)
+        head = file.read(CHUNK_BYTES)
+    if not head:
+        raise DataError(f"{path}: the file is empty. Expected a JSON array of records or one record a line.")
+    text = head.lstrip(_WHITESPACE)
+    return start + len(head) - len(text), text[:1]
+
+
 def _lines(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
-    read = 0
-    for line in file:
+    read, number = 0, 0
+    while line := file.readline(MAX_RECORD_BYTES + 1):
         read += len(line)
         if read >= 1 << 20:
             advance(read)
             read = 0
+        _check_size(len(line), number, path)
         line = line.strip()
-        if line == b"{":
+        if line == b"{" or (number == 0 and line[:1] == b"{" and line[-1:] in (b"[", b"{", b",")):
             raise DataError(
                 f"{path}: the file is one JSON object over several lines. Expected a JSON array of records, or one record "
                 "a line."
             )
         if line:
             yield line
+            number += 1
     advance(read)
+
+
+def _check_size(size: int, number: int, path: Path) -> None:
+    if size > MAX_RECORD_BYTES:
+        raise DataError(
+            f"{path}: record {number} is longer than {MAX_RECORD_BYTES >> 20} MiB, so this is no file of records, or a quote "
+            "is missing. Check the file there."
+        )
 
 
 def _array(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
     rest, opened, closed, number, offset = b"", False, False, 0, file.tell()
     while chunk := file.read(max(CHUNK_BYTES, len(rest))):  # doubling keeps one giant record linear
         advance(len(chunk))
+        _check_size(len(rest), number, path)
         buffer = rest + chunk
         if not opened:
             stripped = buffer.lstrip(_WHITESPACE)
@@ -80,6 +107,11 @@ def _array(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Ite
         else:
             begin = 0
             ends, closed = _element_ends(buffer)
+            if closed and buffer[ends[-1] : ends[-1] + 1] != b"]":
+                raise DataError(
+                    f"{path}: the array is closed by }} at byte {offset + ends[-1]}, in record {number + len(ends) - 1}. Put "
+                    "in the bracket that is missing there."
+                )
             for end in ends:
                 element = buffer[begin:end].strip(_WHITESPACE)
                 last = closed and end == ends[-1]

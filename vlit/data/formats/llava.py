@@ -11,12 +11,13 @@ here both are bad records, because the text that is trained should be the text t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from vlit.data.formats._base import BadRow, FormatConfig, Row
+from vlit.data.images import refusal
 from vlit.data.json_stream import iter_json_records
 from vlit.registry import FORMATS
 from vlit.types import IMAGE_PLACEHOLDER, Role
@@ -28,6 +29,9 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+
+
+_MAX_SHOWN = 80
 
 
 class _Bad(Exception):
@@ -53,20 +57,24 @@ class LlavaFormat(FormatConfig):
             record = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
             shown = raw[:60].decode("utf-8", "replace")
-            return BadRow(number, None, f"the record is not valid JSON ({error}): {shown!r}")
-        identity = None
+            return BadRow(number, None, f"the record is not valid JSON ({error}): {shown!r}", "json")
+        identity, check = None, "record"
         try:
             if not isinstance(record, dict):
                 raise _Bad(f"the record is {_kind_of(record)}, expected an object with conversations")
-            identity = _identity(record, number)
+            check = "fields"
+            identity, kind = _identity(record, number), _kind(record)
+            check = "turns"
             roles, texts = _turns(record)
+            check = "image_path"
             images = _images(record)
+            check = "placeholders"
             _check_placeholders(roles, texts, images)
             if self.image_first:
                 texts = [_image_to_front(text) for text in texts]
-            return Row(number, identity, _kind(record), roles, texts, images)
+            return Row(number, identity, kind, roles, texts, images)
         except _Bad as bad:
-            return BadRow(number, identity, str(bad))
+            return BadRow(number, identity, str(bad), check)
 
 
 def _identity(record: dict[str, Any], number: int) -> str:
@@ -75,23 +83,21 @@ def _identity(record: dict[str, Any], number: int) -> str:
         return str(number)
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
-    raise _Bad(f"id is {_kind_of(value)} {value!r}, expected a string or a whole number")
+    raise _Bad(f"id is {_kind_of(value)} {_shown(value)}, expected a string or a whole number")
 
 
 def _kind(record: dict[str, Any]) -> str | None:
     value = record.get("kind")
     if value is None or isinstance(value, str):
         return value
-    raise _Bad(f"kind is {_kind_of(value)} {value!r}, expected a string")
+    raise _Bad(f"kind is {_kind_of(value)} {_shown(value)}, expected a string")
 
 
 def _turns(record: dict[str, Any]) -> tuple[list[Role], list[str]]:
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         has = "is missing" if turns is None else f"is {_kind_of(turns)}"
-        raise _Bad(
-            f"conversations {has}, expected a list of turns (the record has the keys {', '.join(map(str, record))})"
-        )
+        raise _Bad(f"conversations {has}, expected a list of turns (the record has the keys {_keys(record)})")
     roles: list[Role] = []
     texts: list[str] = []
     for index, turn in enumerate(turns):
@@ -100,7 +106,7 @@ def _turns(record: dict[str, Any]) -> tuple[list[Role], list[str]]:
         name, text = turn.get("from"), turn.get("value")
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise _Bad(f'turn {index} is from {name!r}, expected "human" or "gpt" (or a first "system")')
+            raise _Bad(f'turn {index} is from {_shown(name)}, expected "human" or "gpt" (or a first "system")')
         if not isinstance(text, str):
             raise _Bad(f"turn {index} ({name}) has the value {_kind_of(text)}, expected a string")
         if not text or text.isspace():
@@ -136,12 +142,10 @@ def _images(record: dict[str, Any]) -> list[str]:
     if not isinstance(paths, list):
         raise _Bad(f"image is {_kind_of(value)}, expected a path or a list of paths")
     for path in paths:
-        if not isinstance(path, str) or not path.strip():
-            raise _Bad(f"image path is {path!r}, expected a non-empty string")
-        if "\0" in path or "://" in path or path.startswith("data:"):
-            raise _Bad(f"image path {path[:80]!r} is not a file path (remote and inline images are not read)")
-        if ".." in PurePosixPath(path.replace("\\", "/")).parts:
-            raise _Bad(f"image path {path!r} leaves the image folder with ..")
+        if not isinstance(path, str):
+            raise _Bad(f"image path is {_kind_of(path)} {_shown(path)}, expected a non-empty string")
+        if reason := refusal(path):
+            raise _Bad(reason)
     return paths
 
 
@@ -163,6 +167,17 @@ def _image_to_front(text: str) -> str:
     if text.count(IMAGE_PLACEHOLDER) != 1:
         return text
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+
+
+def _keys(record: dict[str, Any]) -> str:
+    text = ", ".join(record)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message: whole if short."""
+    text = value if isinstance(value, str) else repr(value)
+    return repr(value) if len(text) <= _MAX_SHOWN else repr(text[:_MAX_SHOWN]) + "…"
 
 
 def _kind_of(value: Any) -> str:
