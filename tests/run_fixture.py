@@ -149,18 +149,19 @@ def _evaluate(
                 question = f"Which digit is number {n}?" + (f" {EVIL}" if n == 1 else "")
                 line = {
                     "question_id": f"{kind}-{n:04d}", "kind": kind, "question": question, "answer": "It is a 4.",
-                    "image": [] if row == "blind" else names[n % len(names)], "row": row, "seconds": 0.01,
+                    "image": [] if row == "blind" else names[n % len(names)], "row": row,
                     "prediction": "It is a 4." if correct else f"It is a 9. {EVIL}", "correct": correct,
                 }  # fmt: skip
                 lines.append(line)
         table = per_kind_table(scored, chance={kind: chance for kind, (_, chance) in kinds.items()})
         overall = Accuracy.of([score for _, score in scored], chance=0.2).to_dict()
-        rows[row] = overall | {"seconds": 9.5, "per_kind": {kind: value.to_dict() for kind, value in table.items()}}
+        rows[row] = overall | {"per_kind": {kind: value.to_dict() for kind, value in table.items()}}
     results = rows["image"] | {
         "benchmark": "digits-test", "checkpoint": f"outputs/demo/{checkpoint}/model", "rows": rows,
-        "settings": {"max_new_tokens": 64}, "seconds": 28.5, "macro_accuracy": rows["image"]["accuracy"],
+        "settings": {"max_new_tokens": 64}, "macro_accuracy": rows["image"]["accuracy"],
     }  # fmt: skip
     _write(folder / "results.json", results)
+    _write(folder / "timing.json", {"seconds": 28.5, "seconds_per_row": dict.fromkeys(rows, 9.5)})
     _write_lines(folder / "predictions.jsonl", lines)
     return results
 

@@ -24,7 +24,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from vlit.serve.commands import evaluate_checkpoint
+    from vlit.serve.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(
         args.checkpoint,

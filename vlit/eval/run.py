@@ -1,7 +1,13 @@
 """Ask a benchmark, write every answer down as it comes, and score at the end. Interrupted evaluations resume.
 
-The folder of an evaluation holds ``settings.json`` (what is asked, of which checkpoint), ``predictions.jsonl`` (one
-answer a line, appended batch by batch) and, when all rows are complete, ``results.json``.
+The folder of an evaluation holds ``settings.json`` (what is asked, of which checkpoint), ``answers/`` (see
+:mod:`vlit.eval.answers`) and, when all rows are complete, ``predictions.jsonl`` (one answer a line, in question order),
+``results.json`` and ``timing.json``.
+
+Several ranks share the work. It is cut into *batches*, a pure function of the questions and the batch size, and the open
+batches are dealt out in turn. Which questions stand in a batch together (and so their padding and rounding) depends neither
+on the number of ranks nor on interruptions; hence predictions and results are the same bytes. There is no collective
+operation while answering: ranks may be as uneven as they like.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vlit.errors import EvaluationError
+from vlit.eval.answers import Answer, AnswerFiles, Key, OtherRankFailedError, check_answers
 from vlit.eval.benchmark import Benchmark, Question, fingerprint
 from vlit.eval.rows import ROWS, ask_row
 
@@ -21,8 +28,13 @@ Answerer = Callable[[list[Question]], list[str]]
 """Answers a batch: one text per question, in order. Pictures are ``Question.images``, the user turn is
 ``Question.turn_text()``. It raises when it cannot answer; an empty text is an answer (a wrong one)."""
 
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(row, answered, total)`` after every batch."""
+Progress = Callable[[int, int], None]
+"""Called on rank 0 as ``progress(answered, total)``, all rows and ranks together."""
+
+Batch = tuple[str, list[Question]]
+"""A row and questions that are answered together."""
+
+_POLL_SECONDS = 0.2
 
 
 def evaluate(
@@ -36,8 +48,11 @@ def evaluate(
     checkpoint: str = "",
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Ask every question once per row and return what ``results.json`` holds.
+    """Ask every question once per row and return what ``results.json`` holds (on other ranks than 0: ``{}``).
 
     Args:
         rows: of ``image``, ``blind``, ``shuffled``; the first one is the headline.
@@ -46,13 +61,15 @@ def evaluate(
         checkpoint: what is asked, for the record and to keep a folder from mixing two models. Put a hash of the weights
             into ``settings`` when the same path may hold other weights later.
         settings: further JSON-able facts that change answers (precision, max_new_tokens, template ...).
+        rank, world_size: this process among those that call ``evaluate`` with the same arguments on the same folder.
+        barrier: waits for all ranks. Called twice, before the first question; ranks that end early do not wait.
 
     Raises:
+        OtherRankFailedError: another rank failed; it raises what went wrong there.
         EvaluationError: the folder holds another evaluation, or the answerer returned something that is no answer.
             Whatever the answerer raises passes through; the answers given before it stay on disk.
     """
     questions = benchmark.load()
-    out_dir.mkdir(parents=True, exist_ok=True)
     identity = {
         "benchmark": benchmark.name,
         "checkpoint": checkpoint,
@@ -61,57 +78,81 @@ def evaluate(
         "seed": seed,
         "settings": json.loads(json.dumps(dict(settings or {}))),
     }
-    _claim(out_dir / "settings.json", identity)
-    answers_file = out_dir / "predictions.jsonl"
-    done = _read_answers(answers_file, {question.id for question in questions})
     asked = {row: ask_row(questions, row, seed=seed) for row in rows}
-    with answers_file.open("a", encoding="utf-8") as file:
-        for row, variants in asked.items():
-            _ask(answerer, benchmark, variants, file, row=row, done=done, batch_size=batch_size, progress=progress)
-    results = identity | {"rows": {}, "seconds": 0.0}
-    for row in rows:
-        scored = benchmark.score({q.id: str(done[row, q.id]["prediction"]) for q in questions}).to_dict()
-        scored["seconds"] = round(sum(float(done[row, q.id]["seconds"]) for q in questions), 3)
-        results["rows"][row] = scored
-        results["seconds"] = round(results["seconds"] + scored["seconds"], 3)
-    headline = results["rows"][rows[0]]
-    results |= {
-        key: headline[key] for key in ("n", "accuracy", "ci_low", "ci_high", "chance", "macro_accuracy", "per_kind")
-    }
-    _write_json(out_dir / "results.json", results)
-    return results
+    total = len(questions) * len(asked)
+    with AnswerFiles(out_dir / "answers", {question.id for question in questions}) as files:
+        if rank == 0:
+            files.claim()
+            _claim(out_dir / "settings.json", identity)
+        barrier()
+        _compare(out_dir / "settings.json", identity)
+        files.join()
+        work = open_batches(asked, files.done, batch_size)[rank::world_size]
+        barrier()  # nobody writes before all have read
+
+        def report() -> int:
+            files.follow()
+            answered = sum(row in asked for row, _ in files.done)
+            if progress is not None:
+                progress(answered, total)
+            return answered
+
+        try:
+            for row, batch in work:
+                files.check()
+                _ask(answerer, row, batch, files, rank=rank, where=f"{benchmark.name}, row {row}")
+                if rank == 0:
+                    report()
+            while rank == 0 and report() < total:
+                files.check()
+                time.sleep(_POLL_SECONDS)
+        except OtherRankFailedError:
+            raise
+        except Exception as error:
+            if world_size > 1 and not files.fail(rank, error):
+                raise OtherRankFailedError(f"rank {rank}: stopped, another rank had failed before it.") from error
+            raise
+        return _write(out_dir, identity, benchmark, questions, asked, files.done) if rank == 0 else {}
 
 
-def _ask(
-    answerer: Answerer,
+def _ask(answerer: Answerer, row: str, batch: list[Question], files: AnswerFiles, *, rank: int, where: str) -> None:
+    """Answer one batch and write it down."""
+    began = time.perf_counter()
+    texts = answerer(batch)
+    seconds = time.perf_counter() - began
+    files.append(rank, row, check_answers(texts, [q.id for q in batch], where=where), seconds)
+
+
+def open_batches(asked: Mapping[str, Sequence[Question]], done: Mapping[Key, Answer], batch_size: int) -> list[Batch]:
+    """What is still to do, in batches of like length (fewer padding tokens), the longest first (memory runs out early).
+
+    The cut does not depend on ``done``: after a kill the very same batches are asked that a straight run would ask.
+    """
+    found: list[Batch] = []
+    for row, questions in asked.items():
+        ordered = sorted(questions, key=lambda q: (-len(q.images), -len(q.question)))
+        for start in range(0, len(ordered), batch_size):
+            batch = [q for q in ordered[start : start + batch_size] if (row, q.id) not in done]
+            if batch:
+                found.append((row, batch))
+    return found
+
+
+def _write(
+    out_dir: Path,
+    identity: dict[str, Any],
     benchmark: Benchmark,
     questions: Sequence[Question],
-    file: Any,
-    *,
-    row: str,
-    done: dict[tuple[str, str], dict[str, Any]],
-    batch_size: int,
-    progress: Progress | None,
-) -> None:
-    """Answer what ``done`` lacks of one row, appending to ``file`` and ``done`` batch by batch."""
-    open_questions = [question for question in questions if (row, question.id) not in done]
-    answered = len(questions) - len(open_questions)
-    for start in range(0, len(open_questions), batch_size):
-        batch = open_questions[start : start + batch_size]
-        began = time.perf_counter()
-        texts = answerer(batch)
-        seconds = (time.perf_counter() - began) / len(batch)
-        if len(texts) != len(batch):
-            raise EvaluationError(
-                f'{benchmark.name}, row {row}: {len(batch)} questions ("{batch[0].id}" ...) got {len(texts)} answers. '
-                "The answerer must return one text per question."
-            )
-        for question, text in zip(batch, texts, strict=True):
-            if not isinstance(text, str):
-                raise EvaluationError(
-                    f'{benchmark.name}, row {row}, question "{question.id}": the answer is {text!r}, not a text. '
-                    "A failure to answer is an error, not a wrong answer; run again to ask what is still open."
-                )
+    asked: Mapping[str, Sequence[Question]],
+    done: Mapping[Key, Answer],
+) -> dict[str, Any]:
+    """Predictions in question order, scores, and the time it took (which is the only thing that differs between runs)."""
+    lines = []
+    results = identity | {"rows": {}}
+    seconds: dict[str, float] = {}
+    for row, variants in asked.items():
+        for question in variants:
+            text = done[row, question.id].prediction
             names = [str(path) for path in question.images]
             record = {
                 "question_id": question.id,
@@ -122,28 +163,38 @@ def _ask(
                 "prediction": text,
                 "correct": benchmark.score_one(question, text),
                 "row": row,
-                "seconds": round(seconds, 6),
             }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            done[row, question.id] = record
-        file.flush()
-        os.fsync(file.fileno())
-        answered += len(batch)
-        if progress is not None:
-            progress(row, answered, len(questions))
+            lines.append(json.dumps(record, ensure_ascii=False))
+        results["rows"][row] = benchmark.score({q.id: done[row, q.id].prediction for q in questions}).to_dict()
+        seconds[row] = round(sum(done[row, q.id].seconds for q in questions), 3)
+    headline = results["rows"][next(iter(asked))]
+    results |= {
+        key: headline[key] for key in ("n", "accuracy", "ci_low", "ci_high", "chance", "macro_accuracy", "per_kind")
+    }
+    write_atomically(out_dir / "predictions.jsonl", "\n".join(lines) + "\n")
+    timing = {"seconds": round(sum(seconds.values()), 3), "seconds_per_row": seconds}
+    write_atomically(out_dir / "timing.json", json.dumps(timing, indent=2) + "\n")
+    write_atomically(out_dir / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return results
 
 
 def _claim(path: Path, identity: dict[str, Any]) -> None:
-    """Write down what this folder evaluates, or check that it is the same as before."""
+    """Write down what this folder evaluates, or check that it is the same as before (every rank does)."""
     if not path.is_file():
-        if path.with_name("predictions.jsonl").exists():
+        if path.with_name("predictions.jsonl").exists() or any(path.with_name("answers").glob("rank-*.jsonl")):
             raise EvaluationError(
-                f"{path.parent}: has predictions.jsonl but no settings.json, so nobody knows whose answers these are. "
+                f"{path.parent}: has answers but no settings.json, so nobody knows whose answers these are. "
                 "Remove the folder."
             )
-        _write_json(path, identity)
-        return
-    held = _read_json(path)
+        write_atomically(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+    _compare(path, identity)
+
+
+def _compare(path: Path, identity: dict[str, Any]) -> None:
+    try:
+        held = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({error}). Remove its folder and evaluate again.") from error
     for key, value in identity.items():
         if held.get(key) != value:
             raise EvaluationError(
@@ -152,46 +203,11 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def _read_answers(path: Path, ids: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Answers already given; a last line that a kill cut short is removed from the file and asked again."""
-    done: dict[tuple[str, str], dict[str, Any]] = {}
-    if not path.is_file():
-        return done
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            key = (record["row"], record["question_id"])
-            float(record["seconds"]), str(record["prediction"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{path}#{number}: damaged line ({error!r}). Remove the line; its question is asked again."
-            ) from error
-        if key[1] not in ids:
-            raise EvaluationError(
-                f'{path}#{number}: question "{key[1]}" is not in this benchmark. Choose another folder.'
-            )
-        done[key] = record
-    return done
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise EvaluationError(f"{path}: cannot be read ({error}). Remove its folder and evaluate again.") from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Atomic: written aside, flushed to disk, renamed."""
+def write_atomically(path: Path, text: str) -> None:
+    """Written aside, flushed to disk, renamed."""
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

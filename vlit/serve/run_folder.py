@@ -60,6 +60,7 @@ def read_run(path: Path) -> RunFolder:
     for results in sorted(folder.glob("*/results.json")) if folder.is_dir() else []:
         loaded = read_json(results, run.notes)
         if loaded:
+            loaded |= read_json(results.with_name("timing.json"), run.notes)
             answers = list(read_jsonl(results.with_name("predictions.jsonl"), run.notes))
             run.evaluations.append(Evaluation(results.parent.name, loaded, answers))
     for stage, rows in run.metrics.items():
