@@ -1,7 +1,8 @@
 """The command line: ``vlit train|eval|chat|preview|report|export|demo`` and ``scripts/*.py`` share this file.
 
 Every command takes dotted overrides (``stages.instruct.max_steps=20``). An error a person can mend is printed on one line
-and ends the command with exit code 2; an interrupted run ends with 128 + signal.
+and ends the command with exit code 2; ``vlit doctor`` ends with 1 when it finds bad records; an interrupted run ends
+with 128 + signal.
 """
 
 from __future__ import annotations
@@ -56,6 +57,22 @@ def _preview(args: argparse.Namespace) -> None:
     preview(args.config, args.overrides, stage=args.stage, samples=args.samples, out=args.out, terminal=not args.quiet)
 
 
+def _preflight(args: argparse.Namespace) -> None:
+    from vlit.serve.preflight import show_preflight
+
+    show_preflight(args.config, args.overrides)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from vlit.serve.commands import doctor
+
+    decode = args.images == "decode"
+    healthy = doctor(
+        args.config, args.overrides, stage=args.stage, out=args.out, workers=args.workers, decode=decode
+    )
+    return 0 if healthy else 1
+
+
 def _report(args: argparse.Namespace) -> None:
     from vlit.serve.report import write_report
 
@@ -85,6 +102,13 @@ def _schema(args: argparse.Namespace) -> None:
 
     for path in write_reference(args.out):
         print(path)
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,6 +155,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="HTML file (default: <output_dir>/preview.html)")
     sub.add_argument("--quiet", action="store_true", help="write the HTML only")
 
+    sub = command("preflight", _preflight, "Compare all processes of a run and try disk and network, without training.")
+    sub.add_argument("--config", required=True, help="YAML file")
+
+    sub = command("doctor", _doctor, "Find every bad record and image of a run's datasets before training.")
+    sub.add_argument("--config", required=True)
+    sub.add_argument("--stage", help="default: every stage")
+    sub.add_argument("--out", type=Path, help="folder (default: <output_dir>/doctor, where training looks for it)")
+    sub.add_argument("--workers", type=_at_least_one, help="processes (default: one a core)")
+    sub.add_argument(
+        "--images", choices=["decode", "header"], default="decode", help="decode every image, or read headers only"
+    )
+
     sub = command("report", _report, "Write report.html of a run folder.", overrides=False)
     sub.add_argument("run_dir", type=Path)
 
@@ -159,7 +195,7 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
     args = build_parser().parse_args([command, *words] if command else words)
     try:
         load_plugins(args.plugin)
-        args.handler(args)
+        result = args.handler(args)
     except VlitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -172,7 +208,7 @@ def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> in
             raise
         print(error, file=sys.stderr)
         return int(code)
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 if __name__ == "__main__":
