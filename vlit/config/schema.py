@@ -76,6 +76,9 @@ class DataConfig(Strict):
     """Loader processes. `auto`: 0 for fewer than 4 cores, else up to 8; 0 loads in the training process."""
     cache_dir: str | None = None
     """Where dataset indexes are kept. Default: `$VLIT_CACHE` or `~/.cache/vlit`."""
+    follow_links: bool = False
+    """Follow links inside an image folder that lead out of it. Default: such an image is refused, as a record could reach any
+    file through them. The image folder itself may be a link."""
     manifest: str | None = None
     """Manifest of bad records that `vlit doctor` wrote. Default: `<output_dir>/doctor/manifest.jsonl` where it exists. Under
     `on_bad_sample: quarantine` its records are left out and count towards the budget, under `error` the first one ends the

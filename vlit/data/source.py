@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -11,8 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from vlit.config.schema import DataConfig, DataSource
+from vlit.data.doctor.manifest import entries_for
+from vlit.data.formats._base import place_of
 from vlit.data.images import resolve_image
-from vlit.data.index import ArrowRows, build_or_open_index
+from vlit.data.index import MAX_BAD_LISTED, ArrowRows, IndexInfo, build_or_open_index
 from vlit.data.shuffle import permutation, stream_key
 from vlit.errors import DataError
 from vlit.types import Sample, Turn
@@ -29,8 +32,8 @@ class QuarantineEntry:
     record: int
     id: str | None
     reason: str
-    found: Literal["reading", "loading"]
-    """While the dataset file was read, or later, when a step was loaded."""
+    found: Literal["reading", "doctor", "loading"]
+    """While the dataset file was read, by ``vlit doctor``, or later, when a step was loaded."""
 
 
 class RecordSource:
@@ -51,6 +54,7 @@ class RecordSource:
         weight: float = 1.0,
         chosen: np.ndarray | None = None,
         content_hash: str = "",
+        follow_links: bool = False,
     ) -> None:
         self.rows = rows
         self.name = name
@@ -59,6 +63,8 @@ class RecordSource:
         self.num_quarantined = num_quarantined
         self.weight = weight
         self.content_hash = content_hash
+        """Of the dataset file, and of the records that a manifest excludes from it."""
+        self._follow_links = follow_links
         self._chosen = chosen  # int64 [len(self)] rows, ascending; None: all
         self._groups: np.ndarray | None = None
         self._len = num_records if chosen is None else len(chosen)
@@ -104,21 +110,30 @@ class RecordSource:
 
     def image_path(self, image: str) -> Path:
         """The file of an image reference; DataError when it leaves the image folder."""
-        return resolve_image(image, self.image_root)
+        return resolve_image(image, self.image_root, follow_links=self._follow_links)
 
 
 def open_source(
-    source: DataSource, *, data: DataConfig, seed: int, quarantine_path: Path | None = None, progress: bool = True
+    source: DataSource,
+    *,
+    data: DataConfig,
+    seed: int,
+    quarantine_path: Path | None = None,
+    progress: bool = True,
+    manifest: Path | None = None,
+    stage: str = "",
 ) -> RecordSource:
     """Open one dataset, build its index if needed, apply the policy for bad records, and look at a few images.
 
     Args:
-        seed: draws the records that ``source.max_records`` keeps.
-        quarantine_path: manifest of bad records; the lines that reading this source wrote before are replaced.
+        seed: draws the records that ``source.max_records`` keeps, from those that are not bad.
+        quarantine_path: list of bad records; the lines that opening this source wrote before are replaced.
+        manifest: bad records that ``vlit doctor`` found; those of this source and ``stage`` are bad here too.
+        stage: whose data this is, as a manifest names it: ``instruct``, or ``instruct.validation``.
 
     Raises:
-        DataError: missing or unreadable file, bad record (policy ``error``), budget exceeded (``quarantine``), missing
-            image folder, or images missing among the few that are looked at.
+        DataError: missing or unreadable file, bad record (policy ``error``), budget exceeded (``quarantine``), a manifest
+            of another content of the file, missing image folder, or images missing among the few that are looked at.
     """
     path = Path(source.path).expanduser()
     name = source.name or path.stem
@@ -129,33 +144,84 @@ def open_source(
         stop_at_first_bad=data.on_bad_sample == "error",
         progress=progress,
     )
-    if info.num_bad:
-        entries = [
-            QuarantineEntry(name, str(path), bad["record"], bad["id"], bad["reason"], "reading") for bad in info.bad
-        ]
-        if quarantine_path is not None:
-            write_quarantine(quarantine_path, entries, replace_source=name)
-        check_budget(
-            name, info.num_bad, info.num_bad + info.num_records, data.quarantine_budget, quarantine_path, entries
-        )
-    chosen = None
-    if source.max_records is not None and source.max_records < info.num_records:
-        order = permutation(info.num_records, stream_key(seed, "max_records", name))
-        chosen = np.sort(order[: source.max_records])
+    entries = [QuarantineEntry(name, str(path), bad["record"], bad["id"], bad["reason"], "reading") for bad in info.bad]
+    rows, excluded = ArrowRows(info.path), np.empty(0, np.int64)
+    if manifest is not None:
+        listed, excluded = _excluded(manifest, rows, info, stage=stage, source=name, path=path)
+        if listed and data.on_bad_sample == "error":
+            raise _found_by_doctor(manifest, listed, path)
+        entries += listed
+    num_bad = info.num_bad + len(excluded)
+    if quarantine_path is not None and (entries or quarantine_path.is_file()):
+        write_quarantine(quarantine_path, entries, replace_source=name)
+    if num_bad:
+        num_all = info.num_bad + info.num_records
+        check_budget(name, num_bad, num_all, data.quarantine_budget, quarantine_path, entries)
+    good = np.setdiff1d(np.arange(info.num_records), excluded, assume_unique=True) if len(excluded) else None
+    num_good = info.num_records - len(excluded)
+    if source.max_records is not None and source.max_records < num_good:
+        order = permutation(num_good, stream_key(seed, "max_records", name))
+        drawn = np.sort(order[: source.max_records])
+        good = drawn if good is None else good[drawn]
     opened = RecordSource(
-        ArrowRows(info.path),
+        rows,
         name=name,
         path=path,
         image_root=Path(source.images).expanduser() if source.images else path.parent,
         num_records=info.num_records,
-        num_quarantined=info.num_bad,
+        num_quarantined=num_bad,
         weight=source.weight,
-        content_hash=info.content_hash,
-        chosen=chosen,
+        content_hash=_identity_of(info.content_hash, excluded),
+        chosen=good,
+        follow_links=data.follow_links,
     )
     if info.num_with_images:
         _probe_images(opened, strict=data.on_bad_sample == "error")
     return opened
+
+
+def _excluded(
+    manifest: Path, rows: ArrowRows, info: IndexInfo, *, stage: str, source: str, path: Path
+) -> tuple[list[QuarantineEntry], np.ndarray]:
+    """What a manifest says of a dataset beyond what reading it said, and int64 [n]: the rows, ascending."""
+    found = entries_for(manifest, stage=stage, source=source, file=path, content_hash=info.content_hash)
+    if not found:
+        return [], np.empty(0, np.int64)
+    records = rows.table().column("record").to_numpy()
+    places = np.searchsorted(records, [entry.record for entry in found])
+    held = places < len(records)
+    held[held] = records[places[held]] == [entry.record for entry, here in zip(found, held, strict=True) if here]
+    entries = [
+        QuarantineEntry(source, str(path), entry.record, entry.id, entry.reason, "doctor")
+        for entry, here in zip(found, held, strict=True)
+        if here  # the others were refused while the file was read
+    ]
+    if len(entries) == len(records):
+        raise DataError(
+            f"{path}: {manifest} lists every record as bad, so there is nothing to train on. Fix the dataset."
+        )
+    return entries, places[held].astype(np.int64)
+
+
+def _found_by_doctor(manifest: Path, entries: list[QuarantineEntry], path: Path) -> DataError:
+    """The error that a manifest's records raise under ``data.on_bad_sample: error``."""
+    lines = [f"{place_of(path, e.record, e.id)}: {e.reason.rstrip('.')}" for e in entries[:MAX_BAD_LISTED]]
+    if len(entries) > len(lines):
+        lines.append(f"and {len(entries) - len(lines)} more")
+    remedy = (
+        f"Found by vlit doctor ({manifest}). Fix the dataset and run vlit doctor again, or set data.on_bad_sample: quarantine "
+        "(now: error)."
+    )
+    if len(entries) == 1:
+        return DataError(f"{lines[0]}. {remedy}")
+    return DataError("\n  ".join([f"{path.name}: {len(entries)} records are bad. {remedy}", *lines]))
+
+
+def _identity_of(content_hash: str, excluded: np.ndarray) -> str:
+    """Hash of a dataset file and of the rows that are left out of it; that of the file when none are."""
+    if not len(excluded):
+        return content_hash
+    return hashlib.blake2b(content_hash.encode() + excluded.astype("<i8").tobytes(), digest_size=32).hexdigest()
 
 
 def _probe_images(source: RecordSource, *, strict: bool) -> None:
@@ -198,12 +264,12 @@ def check_budget(
 
 
 def write_quarantine(path: Path, entries: list[QuarantineEntry], *, replace_source: str | None = None) -> None:
-    """Add lines to the manifest, none twice. With ``replace_source`` the lines that reading that source wrote before go
+    """Add lines to the list, none twice. With ``replace_source`` the lines that opening that source wrote before go
     first; those found while loading stay, because the steps that met them are not repeated when a run is resumed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
-    kept = [row for row in held if row["source"] != replace_source or row["found"] != "reading"]
+    kept = [row for row in held if row["source"] != replace_source or row["found"] == "loading"]
     known = {(row["source"], row["record"]) for row in kept}
     new = [asdict(entry) for entry in entries if (entry.source, entry.record) not in known]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (kept + new if len(kept) < len(held) else new)]

@@ -20,6 +20,10 @@ from vlit.errors import DataError
 from vlit.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, ModelSpec, Piece, Sample, TokenizedSample, Turn
 
 
+class NoSupervision(DataError):
+    """Nothing of a sample that the model should say fits into ``max_tokens``."""
+
+
 class TokenView(NamedTuple):
     """One token as a preview shows it. An image is one entry of ``num_tokens``."""
 
@@ -174,7 +178,7 @@ class SampleTokenizer:
             if encoded.num_tokens > self.max_tokens:
                 self._cut_answer(encoded)
         if encoded.num_supervised() == 0:
-            raise DataError(
+            raise NoSupervision(
                 f"no supervised token is left within max_tokens {self.max_tokens} (the question alone takes "
                 f"{encoded.num_tokens}, {encoded.num_images * self.spec.tokens_per_view} of them for "
                 f"{encoded.num_images} image{'s' * (encoded.num_images != 1)}). Shorten the question, or raise "

@@ -102,3 +102,38 @@ def preview(
     path = out or Path(run.output_dir) / "preview.html"
     write_preview(run, stages=[stage] if stage else list(run.stages), samples=samples, out=path, terminal=terminal)
     print(f"preview  {path}", file=sys.stderr)
+
+
+def doctor(
+    config_path: str,
+    overrides: Sequence[str],
+    *,
+    stage: str | None,
+    out: Path | None,
+    workers: int | None,
+    decode: bool,
+) -> bool:
+    """Examine the datasets of a configuration, write manifest, summary and page, print a table. True: nothing is bad."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run = load_config(config_path, overrides)
+    if stage is not None and stage not in run.stages:
+        raise ConfigError(f"--stage {stage}: no such stage in {config_path}. Known: {', '.join(run.stages)}.")
+    from rich.console import Console
+
+    from vlit.data.doctor.manifest import FILE_NAME, doctor_folder
+    from vlit.data.doctor.scan import examine
+    from vlit.models.assemble import model_spec
+    from vlit.serve.doctor_page import build_page, findings_table
+
+    _build_world(run)
+    folder = out or doctor_folder(run)
+    stages = [stage] if stage else list(run.stages)
+    diagnosis = examine(run, model_spec(run.model), stages=stages, out=folder, workers=workers, decode=decode)
+    page = folder / "doctor.html"
+    page.write_text(build_page(diagnosis, title=run.name), encoding="utf-8")
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
+    console.print(findings_table(diagnosis))
+    for failed in diagnosis.unreadable:
+        console.print(f"cannot be examined: {failed.name} ({', '.join(failed.uses)}): {failed.reason}", markup=False)
+    print(f"manifest  {folder / FILE_NAME}\npage      {page}", file=sys.stderr)
+    return not diagnosis.has_errors

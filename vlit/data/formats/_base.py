@@ -28,6 +28,8 @@ class BadRow(NamedTuple):
     record: int
     id: str | None
     reason: str
+    check: str = "record"
+    """Which kind of mistake, for the counts of ``vlit doctor``: a name of ``vlit.data.doctor.checks``."""
 
 
 class FormatConfig(ComponentConfig):
