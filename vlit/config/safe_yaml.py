@@ -21,6 +21,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue  # its keys stand below the mapping's own
         if not isinstance(key_node, yaml.ScalarNode):
             mark = key_node.start_mark
             raise ConfigError(f"{mark.name}:{mark.line + 1}: a key is a list or a mapping. Write a word.")

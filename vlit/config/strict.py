@@ -13,7 +13,9 @@ from vlit.errors import did_you_mean
 class Strict(BaseModel):
     """Immutable pydantic model without extra keys; attribute docstrings become the configuration reference."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="wrap")
     @classmethod

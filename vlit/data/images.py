@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vlit.data.image_tail import missing_end
 from vlit.errors import DataError
 from vlit.types import ModelSpec
 
@@ -40,8 +41,9 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; may fall between them and outside of the picture."""
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (PIL's own limit for refusing a decompression bomb): about 13,377 by 13,377."""
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, by content. Rare formats are left out: PIL hands EPS to Ghostscript, which runs what the file says."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, by content. Left out on purpose: EPS (PIL starts Ghostscript, which runs what the file says) and JPEG 2000
+(the part of a file that is cut off comes out black, without an error)."""
 EXTREME_RATIO = 32
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -50,7 +52,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 _DAMAGED = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, AttributeError, struct.error,
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, AttributeError, RuntimeError,
+    struct.error,
 )  # fmt: skip
 """What PIL's readers raise for damaged files."""
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -193,6 +196,8 @@ def _decode(path: Path, background: tuple[int, int, int], at_least: int | None, 
                     )
                 scale = 1 if at_least is None else _draft(image, at_least, side)
                 image.load()
+                if reason := missing_end(path, image.format):
+                    raise DataError(f"{path}: the image is not complete ({reason}). Replace the file.")
                 method = _UPRIGHT.get(orientation_of(image))
                 upright = image if method is None else image.transpose(method)
                 if method is not None:

@@ -50,7 +50,7 @@ def detect(path: str | Path) -> Kind:
     whole model in LLaVA's own names, ``hf_llava`` one of transformers.
     """
     manifest = Path(path) / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("format") == "vlit-model":
+    if manifest.is_file() and _json_object(manifest).get("format") == "vlit-model":
         return "vlit"
     return layout_of(WeightFiles(path)).kind
 
@@ -113,7 +113,14 @@ def vision_tensors(files: WeightFiles, layout: Layout) -> Iterator[tuple[str, Te
 def llava_config(path: str | Path) -> dict[str, Any]:
     """The folder's config.json, or {} for a lone weights file."""
     file = Path(path) / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _json_object(file) if file.is_file() else {}
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read ({' '.join(str(error).split())[:160]}). Fetch it again.") from error
 
 
 def _refuse_extras(files: WeightFiles, layout: Layout) -> None:

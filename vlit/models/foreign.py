@@ -1,0 +1,44 @@
+"""Errors of other libraries at the border: whatever a damaged or foreign model folder makes them raise is a ModelError.
+
+transformers, timm, open_clip and safetensors raise nearly anything for a file that is not what it should be (KeyError,
+TypeError, IndexError, their own classes). A person needs the configuration key, the folder and the reason on one line.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from vlit.errors import ModelError, VlitError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """ModelError ``what: reason`` for any exception inside; vlit's own errors and a lack of memory pass as they are."""
+    try:
+        yield
+    except (VlitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise ModelError(f"{what}: cannot be used ({reason}). Its files are damaged or of another kind.") from error
+
+
+def reads_model(key: str, *, attribute: str = "path") -> Callable[[F], F]:
+    """Decorator for methods of a component's config: errors of libraries name ``key`` and what ``attribute`` holds."""
+
+    def decorate(method: F) -> F:
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with library_errors(f'{key} "{getattr(self, attribute)}"'):
+                return method(self, *args, **kwargs)
+
+        return wrapped  # type: ignore[return-value]
+
+    return decorate
