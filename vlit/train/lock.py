@@ -55,7 +55,7 @@ class OutputLock:
                 note = self._take()
             except CheckpointError as error:
                 problem = str(error)
-        problem = _same_everywhere(problem, self.ranks)
+        problem = self.ranks.share(problem)
         if problem:
             raise CheckpointError(problem)
         if note:
@@ -162,14 +162,3 @@ def _refusal(folder: Path, holder: dict[str, Any]) -> str:
         f"output_dir {folder} is in use by {_who(holder)}. Wait for it or end it (kill {holder.get('pid', 'PID')} on that "
         "host saves a checkpoint), or use another output_dir."
     )
-
-
-def _same_everywhere(message: str, ranks: Ranks) -> str:
-    """Rank 0's message on every rank."""
-    if ranks.world_size == 1:
-        return message
-    import torch
-
-    box = [message]
-    torch.distributed.broadcast_object_list(box, src=0, device=ranks.device)
-    return box[0]

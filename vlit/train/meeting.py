@@ -15,7 +15,7 @@ import torch
 from vlit.errors import TrainingError
 from vlit.train.distributed import Ranks
 
-_ACKNOWLEDGE_S = 10.0
+_ACKNOWLEDGE_S = 5.0
 
 
 class Meeting:

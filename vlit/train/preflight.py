@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,7 +77,7 @@ def preflight(
     """
     started, store = time.perf_counter(), Meeting(ranks, "preflight")
     with _probe(Path(run.output_dir), ranks) as probe_problem:
-        mine: dict[str, Any] = {"rank": ranks.rank}
+        mine: dict[str, Any] = {"rank": ranks.rank, "host": socket.gethostname()}
         try:
             mine = facts.gather_facts(run, ranks, identities)
             mine["problems"] = [*problems, *probe_problem]
@@ -90,7 +91,7 @@ def preflight(
         _raise(verdict["problems"], ranks, verdict["spokesmen"])
         tried = collectives.try_collectives(ranks, limit_s=collective_timeout_s) if ranks.world_size > 1 else {}
         tried["sees_output"] = _sees_probe(Path(run.output_dir))
-        limit = 3 * collective_timeout_s + 15
+        limit = 3 * collective_timeout_s + 10
         outcome = store.gather("tried", tried, limit)
         verdict = store.decide("tried", lambda: _judge(gathered, outcome, run, memory_bytes), timeout_s=2 * limit)
     _raise(verdict["problems"], ranks, verdict["spokesmen"])
@@ -126,10 +127,10 @@ def _compare(gathered: dict[int, Any], store: Meeting, run: RunConfig, needed_by
         for problem in fact["problems"]:
             told.setdefault(problem, []).append(fact)
     found += [
-        problem if len(who) == len(held) == store.world_size else f"{ranks_text([_named(f) for f in who])}: {problem}"
+        problem if len(who) == len(held) == store.world_size else f"{ranks_text(who)}: {problem}"
         for problem, who in told.items()
     ]
-    complete = [fact for fact in held if "host" in fact]
+    complete = [fact for fact in held if "versions" in fact]
     by_digest = {fact["config"]: fact["rank"] for fact in reversed(complete)}
     if len(by_digest) > 1:
         differing = comparison.config_problem(
@@ -197,10 +198,6 @@ def _spokesmen(held: Sequence[Mapping[str, Any]]) -> list[int]:
     for fact in held:
         first.setdefault(fact["host"], fact["rank"])
     return list(first.values())
-
-
-def _named(fact: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rank": fact["rank"], "host": fact.get("host", "unknown")}
 
 
 @contextlib.contextmanager
