@@ -36,6 +36,7 @@ def _eval(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         template=args.template,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -48,6 +49,7 @@ def _chat(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -67,9 +69,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from vlit.serve.commands import doctor
 
     decode = args.images == "decode"
-    healthy = doctor(
-        args.config, args.overrides, stage=args.stage, out=args.out, workers=args.workers, decode=decode
-    )
+    healthy = doctor(args.config, args.overrides, stage=args.stage, out=args.out, workers=args.workers, decode=decode)
     return 0 if healthy else 1
 
 
@@ -82,7 +82,7 @@ def _report(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from vlit.serve.commands import export
 
-    export(args.checkpoint, args.to, args.out, dtype=args.dtype)
+    export(args.checkpoint, args.to, args.out, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -128,6 +128,10 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the configuration")
         return sub
 
+    def remote_code(sub: argparse.ArgumentParser) -> None:
+        text = "run program code that comes with the checkpoint's base models"
+        sub.add_argument("--trust-remote-code", action="store_true", help=text)
+
     sub = command("train", _train, "Train all stages of a configuration; finished stages are skipped.")
     sub.add_argument("--config", required=True, help="YAML file")
     sub.add_argument("--stage", help="train only this stage; its predecessors must be finished")
@@ -140,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--template", help="ask with this template (name or YAML mapping), not the one of the last stage")
     sub.add_argument("--max-new-tokens", type=int, default=64)
+    remote_code(sub)
 
     sub = command("chat", _chat, "Talk to a checkpoint about an image.", overrides=False)
     sub.add_argument("--checkpoint", type=Path, required=True)
@@ -147,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", help="ask once and exit instead of opening a conversation")
     sub.add_argument("--max-new-tokens", type=int, default=256)
     sub.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    remote_code(sub)
 
     sub = command("preview", _preview, "Show what training will see: pictures, tokens, which take loss, packing.")
     sub.add_argument("--config", required=True)
@@ -175,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", choices=["hf"], default="hf")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    remote_code(sub)
 
     sub = command("demo", _demo, "Train, evaluate and report on the embedded world.")
     sub.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))

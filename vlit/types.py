@@ -109,6 +109,8 @@ class ModelSpec:
     tokens_per_view: int
     resample: Literal["bicubic", "bilinear"] = "bicubic"
     trust_remote_code: bool = False
+    tokenizer_revision: str | None = None
+    """Hub revision the tokenizer is taken from, so that a pinned model is pinned with all that comes with it."""
 
 
 class VisionTokens(NamedTuple):

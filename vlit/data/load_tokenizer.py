@@ -17,13 +17,13 @@ from vlit.errors import ModelError
 
 
 @functools.lru_cache(maxsize=16)
-def tokenizer_for(path: str, *, trust_remote_code: bool = False) -> Any:
+def tokenizer_for(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The tokenizer of a model folder or hub name. Asks the network only when the local cache does not hold it.
 
     Raises:
         ModelError: there is none, or it has no fast (Rust) implementation.
     """
-    tokenizer = _load(path, trust_remote_code=trust_remote_code)
+    tokenizer = _load(path, trust_remote_code=trust_remote_code, revision=revision)
     if not tokenizer.is_fast:
         raise ModelError(
             f"tokenizer {path}: {type(tokenizer).__name__} has no fast version, which exact masks need. "
@@ -37,7 +37,7 @@ def tokenizer_for(path: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _load(path: str, *, trust_remote_code: bool) -> Any:
+def _load(path: str, *, trust_remote_code: bool, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     local: dict[str, Any] = {"local_files_only": True}
@@ -45,8 +45,10 @@ def _load(path: str, *, trust_remote_code: bool) -> Any:
     error: Exception | None = None
     for options in attempts:
         try:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-        except (OSError, ValueError, ImportError, KeyError) as reason:
+            return AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, revision=revision or "main", **options
+            )
+        except Exception as reason:  # damaged files make transformers and tokenizers raise anything
             error = reason
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     raise ModelError(

@@ -79,7 +79,10 @@ class SampleTokenizer:
     @property
     def tokenizer(self) -> Any:
         """The transformers tokenizer (cached per process)."""
-        return tokenizer_for(self.spec.tokenizer_path, trust_remote_code=self.spec.trust_remote_code)
+        spec = self.spec
+        return tokenizer_for(
+            spec.tokenizer_path, trust_remote_code=spec.trust_remote_code, revision=spec.tokenizer_revision
+        )
 
     @property
     def encoder(self) -> TextEncoder:

@@ -31,6 +31,7 @@ from vlit.config.schema import DataConfig, ModelConfig, PartTuning
 from vlit.errors import CheckpointError, ModelError
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.hub import quiet_progress
+from vlit.models.trusted import check_model_folder, refuse_remote_code
 from vlit.models.tuning import LORA_MARK, add_lora, embedding_parameters, fingerprint, has_lora, part_of_parameters
 
 M = TypeVar("M", ModelConfig, DataConfig)
@@ -107,26 +108,47 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: not a vlit model folder (no manifest.json). Give <output_dir>/<stage>/model of a finished stage."
         )
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). Copy the model folder again.") from error
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         held = f"{manifest.get('format')} version {manifest.get('version')}"
         raise CheckpointError(f"{path}: is {held}, this vlit reads {FORMAT} version {VERSION}.")
+    kinds = {"model": dict, "data": dict, "changed": list, "lora": dict, "unchanged": dict, "info": dict, "files": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]:
+        raise CheckpointError(f"{path}: {wrong[0]} is missing or of the wrong kind. Copy the model folder again.")
     return manifest
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, seed: int = 0) -> tuple[VisionLanguageModel, dict[str, Any]]:
+def load_model(
+    folder: Path, *, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False
+) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """Model and manifest; every file's sha256 and every unchanged part's fingerprint is checked.
 
+    Args:
+        trust_remote_code: run program code that comes with a base model, where the manifest says it needs that.
+
     Raises:
-        CheckpointError: a file is missing or damaged, or a base model is not the one the run was trained on.
+        CheckpointError: a file is missing, damaged or not the folder's own, or a base model is not the one the run was
+            trained on.
+        ModelError: the manifest asks for remote code and ``trust_remote_code`` is not given.
     """
     manifest = read_manifest(folder)
+    refuse_remote_code(manifest["model"], folder=folder, trusted=trust_remote_code)
+    check_model_folder(folder, manifest["files"])
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: listed in manifest.json but missing. Restore it or train the stage again.")
         if (found := file_sha256(path)) != expected:
             raise CheckpointError(f"{path}: damaged (sha256 {found[:12]}…, manifest says {expected[:12]}…).")
+    own = ["connector", *(["vision"] if "vision" in manifest["changed"] else [])]
+    for name in [f"{part}.safetensors" for part in (*own, *(f"{part}_lora" for part in manifest["lora"]))]:
+        if name not in manifest["files"]:
+            raise CheckpointError(
+                f"{folder}/manifest.json: does not list {name}, which this model needs. Copy it again."
+            )
     config = model_config(folder, manifest)
     model = build_model(config, dtype=dtype, seed=seed)
     _load(model.connector, folder / "connector.safetensors")

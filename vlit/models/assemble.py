@@ -29,6 +29,9 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         tokens_per_view=config.connector.num_tokens(encoder.tokens_per_view),
         resample=encoder.resample,
         trust_remote_code=getattr(config.llm, "trust_remote_code", False),
+        tokenizer_revision=getattr(config.llm, "revision", None)
+        if getattr(config.llm, "tokenizer", None) is None
+        else None,
     )
 
 

@@ -30,6 +30,11 @@ def read_config(path: str, *, key: str, revision: str | None = None, trust_remot
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f'{key} "{path}": needs program code that comes with the model. Read that code; if you trust it, set '
+                f"{key.rpartition('.')[0]}.trust_remote_code: true."
+            ) from error
         raise ModelError(
             f'{key} "{path}": not found as a local folder and not available from the Hugging Face hub ({reason}). '
             "Check the name, download it first, or point to a local folder."

@@ -70,12 +70,18 @@ class _Streamer:
 
 
 def chat(
-    checkpoint: Path, images: Sequence[Path], *, prompt: str | None, max_new_tokens: int, temperature: float
+    checkpoint: Path,
+    images: Sequence[Path],
+    *,
+    prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    trust_remote_code: bool = False,
 ) -> None:
     """Answer ``prompt`` once, or read questions from the terminal until end of input."""
     for path in images:
         _require_file(path)
-    answerer, _ = load_answerer(checkpoint, max_new_tokens=max_new_tokens)
+    answerer, _ = load_answerer(checkpoint, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code)
     conversation = Conversation(answerer, images)
     if prompt is not None:
         conversation.say(prompt, temperature=temperature, stream=sys.stdout)

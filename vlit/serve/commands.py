@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlit.config.load import load_config
-from vlit.errors import ConfigError
+from vlit.errors import CheckpointError, ConfigError
 
 
 def train(config_path: str, overrides: Sequence[str], *, stage: str | None = None) -> None:
@@ -39,25 +39,39 @@ def _build_world(run: Any, ranks: Any = None) -> None:
             ranks.barrier()
 
 
-def open_checkpoint(checkpoint: Path, *, template: str | None = None) -> tuple[Path, dict[str, Any]]:
+def open_checkpoint(
+    checkpoint: Path, *, template: str | None = None, trust_remote_code: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """The model folder meant by ``checkpoint`` and its manifest; no weights are read.
 
     ``template`` (a registered name or a YAML mapping) replaces the template of the model's last stage: a model that was only
     aligned was trained with `plain`, which has no question in it.
+
+    Raises:
+        CheckpointError: no trained model there, or the run's own config.yaml names a folder elsewhere.
+        ModelError: it runs code that comes with a base model, and ``trust_remote_code`` is not given.
     """
     import yaml
 
     from vlit.models.artifact import read_manifest
+    from vlit.models.trusted import refuse_remote_code
     from vlit.train.run import model_folder
 
     folder = model_folder(checkpoint)
+    if not folder.is_relative_to(checkpoint) or ".." in folder.relative_to(checkpoint).parts:
+        raise CheckpointError(
+            f"{checkpoint}/config.yaml: a stage leads to {folder}, outside of the run. Restore the file."
+        )
     manifest = read_manifest(folder)
+    refuse_remote_code(manifest["model"], folder=folder, trusted=trust_remote_code)
     if template is not None:
         manifest["data"] = manifest["data"] | {"template": yaml.safe_load(template)}
     return folder, manifest
 
 
-def load_answerer(checkpoint: Path, *, max_new_tokens: int, template: str | None = None) -> tuple[Any, dict[str, Any]]:
+def load_answerer(
+    checkpoint: Path, *, max_new_tokens: int, template: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """An :class:`~vlit.answer.Answerer` on this machine's best device, and the model's manifest."""
     from vlit.answer import Answerer
     from vlit.config.schema import RuntimeConfig
@@ -66,23 +80,24 @@ def load_answerer(checkpoint: Path, *, max_new_tokens: int, template: str | None
 
     runtime = RuntimeConfig()
     ranks = start_ranks(runtime)
-    folder, manifest = open_checkpoint(checkpoint, template=template)
-    model, _ = load_model(folder, dtype=compute_dtype(runtime, ranks.device))
+    folder, manifest = open_checkpoint(checkpoint, template=template, trust_remote_code=trust_remote_code)
+    dtype = compute_dtype(runtime, ranks.device)
+    model, _ = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(ranks.device).eval()
     return Answerer(model, data_rules(folder, manifest), max_new_tokens=max_new_tokens), manifest
 
 
-def export(checkpoint: Path, to: str, out: Path, *, dtype: str = "fp32") -> None:
+def export(checkpoint: Path, to: str, out: Path, *, dtype: str = "fp32", trust_remote_code: bool = False) -> None:
     """Write a Hugging Face checkpoint of a trained model."""
     import torch
 
     from vlit.models.artifact import data_rules, load_model
     from vlit.models.interop.export_hf import export_hf
     from vlit.models.tuning import merge_lora
-    from vlit.train.run import model_folder
 
-    folder = model_folder(checkpoint)
-    model, manifest = load_model(folder, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    folder, _ = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    weights = torch.float32 if dtype == "fp32" else torch.bfloat16
+    model, manifest = load_model(folder, dtype=weights, trust_remote_code=trust_remote_code)
     merge_lora(model)
     data = data_rules(folder, manifest)
     export_hf(model, out, template=data.template, image_policy=data.image_policy)

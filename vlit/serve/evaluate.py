@@ -29,6 +29,7 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     max_new_tokens: int = 64,
     template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Answer a benchmark greedily and score it; resumes where an interrupted evaluation stopped.
 
@@ -49,7 +50,8 @@ def evaluate_checkpoint(
     try:
         return _evaluate(
             checkpoint, benchmark, overrides, out=out, rows=rows, batch_size=batch_size, template=template,
-            max_new_tokens=max_new_tokens, rank=ranks.rank, world_size=ranks.world_size, barrier=barrier,
+            max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code, rank=ranks.rank,
+            world_size=ranks.world_size, barrier=barrier,
         )  # fmt: skip
     except OtherRankFailedError:
         raise SystemExit(2) from None  # one message is enough
@@ -73,6 +75,7 @@ def _evaluate(
     batch_size: int,
     max_new_tokens: int,
     template: str | None,
+    trust_remote_code: bool,
     rank: int,
     world_size: int,
     barrier: Callable[[], None],
@@ -88,7 +91,8 @@ def _evaluate(
         barrier()  # what is wrong for all is said once, by the first rank
     built = build_benchmark(benchmark, overrides)
     built.load()  # a missing question file is an error before the model is loaded
-    folder, manifest = open_checkpoint(checkpoint, template=template)
+    options: Any = {"template": template, "trust_remote_code": trust_remote_code}
+    folder, manifest = open_checkpoint(checkpoint, **options)
     if rank == 0:
         barrier()
     stage = str(manifest["info"].get("stage", folder.parent.name))
@@ -99,7 +103,7 @@ def _evaluate(
 
     def answer(questions: list[Any]) -> list[str]:
         if not loaded:  # a rank without open questions loads no model
-            loaded.append(load_answerer(checkpoint, max_new_tokens=max_new_tokens, template=template)[0])
+            loaded.append(load_answerer(checkpoint, max_new_tokens=max_new_tokens, **options)[0])
         return loaded[0].answers([ask(q.turn_text(), q.images) for q in questions], batch_size=batch_size)
 
     def advance(answered: int, total: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vlit.config.component import ComponentConfig
-from vlit.errors import EvaluationError, did_you_mean
+from vlit.data.images import resolve_image
+from vlit.errors import DataError, EvaluationError, did_you_mean
 from vlit.eval.benchmark import Question, Results, score_all
 from vlit.eval.scoring import SCORERS
 from vlit.registry import BENCHMARKS
@@ -140,7 +141,12 @@ class QaBenchmark:
                 f"{place}: scorer vqa needs at least 4 human answers, this question has {len(answers)}."
             )
         names = row.get("image") or []
-        images = tuple(self.image_root / name for name in ([names] if isinstance(names, str) else names))
+        try:
+            images = tuple(
+                resolve_image(str(name), self.image_root) for name in ([names] if isinstance(names, str) else names)
+            )
+        except DataError as error:
+            raise EvaluationError(f"{place}: {error}") from error
         for image in images:
             if not image.is_file():
                 raise EvaluationError(

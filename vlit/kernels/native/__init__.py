@@ -49,7 +49,9 @@ def compiled() -> ctypes.CDLL | None:
         return None
     try:
         openmp = _share_openmp()
-        return ctypes.CDLL(str(_build(compiler, openmp)))
+        library = _build(compiler, openmp)
+        _refuse_foreign(library)
+        return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         print(
@@ -92,6 +94,17 @@ def _build(compiler: str, openmp: bool) -> Path:
             _run(compiler, "-shared", *objects, "-o", str(aside), "-lm")
             os.replace(aside, target)
     return target
+
+
+def _refuse_foreign(library: Path) -> None:
+    """PermissionError when somebody else could have put a library of this name into the cache folder."""
+    for path in (library, library.parent):
+        held = path.stat()
+        group = held.st_mode & 0o020 and held.st_gid != os.getgid()
+        if held.st_uid not in (os.getuid(), 0) or group or held.st_mode & 0o002:
+            raise PermissionError(
+                f"{path} can be written by other users, so it is not loaded: set VLIT_CACHE to a folder of your own"
+            )
 
 
 def _run(*command: str) -> None:

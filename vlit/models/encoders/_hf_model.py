@@ -51,11 +51,18 @@ def vision_class(config: Any, *, path: str, trust_remote_code: bool) -> tuple[ty
         found = MODEL_MAPPING[type(vision)]
         return (found[0] if isinstance(found, tuple) else found), vision  # type: ignore[return-value]
     architecture = (getattr(config, "architectures", None) or [""])[0]
+    named = getattr(transformers, architecture, None)  # a name from a file: only a model class may be called by it
     with torch.device("meta"), quiet_transformers():
-        if hasattr(transformers, architecture):
-            whole = getattr(transformers, architecture)(config)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            whole: Any = named(config)
         else:
-            whole = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            try:
+                whole = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            except (ValueError, KeyError) as error:
+                raise ModelError(
+                    f'model.encoder.path: "{path}" names architecture "{architecture}", which transformers does not know. '
+                    "Give a vision model such as CLIP, SigLIP, DINOv2 or ViT."
+                ) from error
     for module in whole.modules():
         if isinstance(getattr(module, "config", None), type(vision)) and hasattr(module, "from_pretrained"):
             return type(module), vision

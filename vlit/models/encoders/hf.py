@@ -29,6 +29,7 @@ from vlit.models.encoders._hf_model import (
 )
 from vlit.models.hub import dropouts, read_config, set_recompute
 from vlit.models.interfaces import Encoder, EncoderConfig, EncoderSpec
+from vlit.models.trusted import load_pretrained
 from vlit.registry import ENCODERS
 from vlit.types import VisionTokens
 
@@ -218,10 +219,12 @@ class HfEncoderConfig(EncoderConfig):
             options["attn_implementation"] = register_encoder()
         try:
             with quiet_transformers():
-                model, info = cls.from_pretrained(self.path, **options)
+                model, info = load_pretrained(cls, self.path, key="model.encoder.path", **options)
                 if prefix := _key_prefix(model, info):
                     renamed = {f"^{re.escape(prefix)}": ""}
-                    model, info = cls.from_pretrained(self.path, key_mapping=renamed, **options)
+                    model, info = load_pretrained(
+                        cls, self.path, key="model.encoder.path", key_mapping=renamed, **options
+                    )
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelError(
                 f'model.encoder.path: cannot load the weights of "{self.path}": {" ".join(str(error).split())[:300]}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -111,12 +112,13 @@ class OpenClipEncoderConfig(EncoderConfig):
                     load_weights=load_weights,
                     device="cpu" if load_weights else "meta",
                     require_pretrained=load_weights,
+                    weights_only=True,
                     pretrained_text=False,
                     force_image_size=self.image_size,
                     force_patch_dropout=0.0,
                     force_quick_gelu=self._quick_gelu(),
                 )
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(
                 f'model.encoder: open_clip cannot make "{self.model}" with weights "{self.pretrained}": {reason}'

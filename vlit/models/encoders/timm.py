@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -93,7 +94,7 @@ class TimmEncoderConfig(EncoderConfig):
                 if fixed_size:  # a convolutional network takes any size as it is
                     arguments["img_size"] = self.image_size
             return timm.create_model(self.model, **arguments)
-        except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
+        except (RuntimeError, OSError, ValueError, TypeError, AssertionError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(
                 f'model.encoder.model: timm cannot make "{self.model}": {reason}. See timm.list_models(); without '
@@ -102,12 +103,19 @@ class TimmEncoderConfig(EncoderConfig):
 
     def _from_file(self, file: Path) -> tuple[nn.Module, set[str]]:
         """The model with the weights of ``file``, converted and resized by timm's rules, and what the file lacks."""
+        from safetensors import SafetensorError
         from timm.models import load_state_dict
 
         if not file.is_file():
             raise ModelError(f'model.encoder.checkpoint: no file "{file}". Check the path.')
         tower = self._create(pretrained=False, num_classes=0)
-        state = load_state_dict(str(file))
+        try:
+            state = load_state_dict(str(file), weights_only=True)
+        except (RuntimeError, OSError, UnpicklingError, SafetensorError) as error:
+            raise ModelError(
+                f"model.encoder.checkpoint: {file} is not a file of plain tensors ({' '.join(str(error).split())[:120]}). "
+                "Convert it to safetensors."
+            ) from error
         convert = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
             state = convert(state, tower)

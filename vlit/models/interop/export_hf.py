@@ -114,7 +114,13 @@ def _tokenizer(model: VisionLanguageModel) -> Any:
     from transformers import AutoTokenizer
 
     spec = model.spec
-    return AutoTokenizer.from_pretrained(spec.tokenizer_path, trust_remote_code=spec.trust_remote_code)
+    local = {"local_files_only": True} if Path(spec.tokenizer_path).is_dir() else {}
+    return AutoTokenizer.from_pretrained(
+        spec.tokenizer_path,
+        trust_remote_code=spec.trust_remote_code,
+        revision=spec.tokenizer_revision or "main",
+        **local,
+    )
 
 
 def add_tokens(tokenizer: Any, *, held: int) -> int:

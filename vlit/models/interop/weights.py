@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlit.errors import ModelError
+from vlit.models.trusted import shards_of
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin", "mm_projector.bin", "adapter_model.safetensors")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -111,12 +111,6 @@ def _is_zip(file: Path) -> bool:
     """Only torch's zip format (since 1.6) can be memory-mapped."""
     with file.open("rb") as opened:
         return opened.read(2) == b"PK"
-
-
-def shards_of(index: Path, prefixes: tuple[str, ...]) -> list[str]:
-    """Names of the shards that hold a tensor under one of ``prefixes``."""
-    names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return sorted({shard for name, shard in names.items() if name.startswith(prefixes)})
 
 
 def fetch_folder(path: str, *, key: str, prefixes: tuple[str, ...]) -> Path:

@@ -17,6 +17,7 @@ from vlit.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from vlit.models.attention import register
 from vlit.models.hub import dropouts, read_config, set_recompute
 from vlit.models.interfaces import LanguageModel, LLMConfig
+from vlit.models.trusted import load_pretrained
 from vlit.registry import LLMS
 
 
@@ -110,8 +111,10 @@ class HFLanguageModelConfig(LLMConfig):
 
         self._config()
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = load_pretrained(
+                AutoModelForCausalLM,
                 self.path,
+                key="model.llm.path",
                 dtype=dtype,
                 attn_implementation=register(),
                 revision=self.revision,
