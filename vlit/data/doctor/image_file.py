@@ -26,6 +26,7 @@ EXTENSIONS = {
     ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
 }  # fmt: skip
 _SAME = {"MPO": "JPEG", "DIB": "BMP"}
+_PNG_END = b"IEND\xaeB`\x82"  # with its check sum
 _BACKGROUND = (127, 127, 127)
 _ENCODED_IMAGE = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
@@ -104,7 +105,7 @@ def look_at(path: Path, *, shown: str, decode: bool = True) -> list[Finding]:
             open_rgb(path, background=_BACKGROUND, at_least=1)
         return findings
     except DataError as error:
-        return [_what(error.__cause__ or error, path, shown), *findings]
+        return [_what(error.__cause__ or error, path, shown)]
     except Exception as error:  # whatever PIL raises for a damaged header
         return [_what(error, path, shown)]
 
@@ -181,4 +182,4 @@ def _is_finished(path: Path, size: int, found: str) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, size - 4096))
         tail = file.read()
-    return b"IEND" in tail if found == "PNG" else tail.rstrip(b"\0").endswith(b";")
+    return _PNG_END in tail if found == "PNG" else tail.rstrip(b"\0").endswith(b";")

@@ -22,7 +22,7 @@ class Spool:
     def add(self, number: int, findings: list[Finding]) -> None:
         """Keep the findings of one item; they follow those it has already."""
         held = self.of(number) if self._offsets[number] >= 0 else []
-        line = orjson.dumps([*held, *findings]) + b"\n"
+        line = orjson.dumps([list(finding) for finding in (*held, *findings)]) + b"\n"
         self._file.seek(self._end)
         self._file.write(line)
         self._offsets[number] = self._end
