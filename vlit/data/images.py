@@ -24,21 +24,20 @@ import re
 import stat
 import struct
 import warnings
-from math import ceil
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from vlit.data.image_modes import LARGE, to_rgb
+from vlit.data.image_resize import Box, resize_exact, resize_fast
 from vlit.data.image_tail import missing_end
 from vlit.errors import DataError
 from vlit.types import ModelSpec
 
 Policy = Literal["pad", "crop", "squash"]
 Side = Literal["short", "long"]
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels; may fall between them and outside of the picture."""
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded (PIL's own limit for refusing a decompression bomb): about 13,377 by 13,377."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -56,6 +55,11 @@ _DAMAGED = (
     struct.error,
 )  # fmt: skip
 """What PIL's readers raise for damaged files."""
+_KINDS = {
+    b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"RIFF": "WEBP",
+    b"\0\0\0\x0cjP": "JPEG 2000", b"%!PS": "PostScript", b"8BPS": "Photoshop", b"%PDF": "PDF",
+}  # fmt: skip
+"""First bytes of files that people take for pictures."""
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -104,20 +108,28 @@ def resolve_image(image: str, image_root: Path, *, follow_links: bool = False) -
 
 def _refuse_way_out(path: str, image: str, image_root: str) -> None:
     """DataError when a link leads out of the image folder."""
-    real = os.path.realpath(path) if os.path.islink(path) else None
-    folder, root = (_real_folder(os.path.abspath(name)) for name in (os.path.dirname(path), image_root))
-    if real is None:
-        real = os.path.join(folder, os.path.basename(path))
-    if not (real + os.sep).startswith(os.path.join(root, "")):
-        raise DataError(
-            f"image {image!r} is a link that leads out of the image folder {image_root}, to {real}. Move the file into the "
-            "folder, or set data.follow_links: true if you trust who made the link."
-        )
+    folder, name = os.path.split(path)
+    if not (os.path.isabs(folder) and os.path.isabs(image_root)):  # what is remembered must hold in any working directory
+        folder, image_root = os.path.abspath(folder), os.path.abspath(image_root)
+    if not os.path.islink(path):
+        if _is_inside(folder, image_root):
+            return
+        real = os.path.join(os.path.realpath(folder), name)
+    else:
+        real = os.path.realpath(path)
+        if _is_inside(os.path.dirname(real), image_root):
+            return
+    raise DataError(
+        f"image {image!r} is a link that leads out of the image folder {image_root}, to {real}. Move the file into the "
+        "folder, or set data.follow_links: true if you trust who made the link."
+    )
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+def _is_inside(folder: str, root: str) -> bool:
+    """Whether ``folder`` really lies in ``root``, or is it."""
+    real = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(folder), real]) == real
 
 
 class _Decoded(NamedTuple):
@@ -154,9 +166,9 @@ def load_view(path: Path, *, policy: Policy, spec: ModelSpec, exact: bool = Fals
     elif policy == "crop":
         image, box, new = _crop(decoded, size)
     if exact or any(edge % 1 for edge in box):
-        view = _resize_exact(image, box, new, colour, _RESAMPLE[resample])
+        view = resize_exact(image, box, new, colour, _RESAMPLE[resample])
     else:
-        view = _resize_fast(image, box, new, colour, resample)
+        view = resize_fast(image, box, new, colour, resample)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     return np.ascontiguousarray(view[:, top : top + size, left : left + size])
 
@@ -202,13 +214,16 @@ def _decode(path: Path, background: tuple[int, int, int], at_least: int | None, 
                 upright = image if method is None else image.transpose(method)
                 if method is not None:
                     width, height = upright.width * scale, upright.height * scale
-                return _Decoded(_to_rgb(upright, background), width, height, scale)
+                rgb = to_rgb(upright, background)
+                if at_least is not None and (factor := _spare(rgb, at_least, side)) > 1:
+                    rgb, scale = rgb.reduce(factor), scale * factor
+                return _Decoded(rgb, width, height, scale)
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image does not exist. Check images: of its data source.") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: more than {MAX_PIXELS:,} pixels. Make the picture smaller.") from error
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"{path}: not an image ({_first_bytes(path)}). Replace the file.") from error
+        raise DataError(f"{path}: {_unidentified(path)}. Replace the file.") from error
     except PermissionError as error:
         raise DataError(f"{path}: the image may not be read ({error.strerror}). Change its permissions.") from error
     except MemoryError as error:
@@ -233,6 +248,16 @@ def _draft(image: Image.Image, at_least: int, side: Side) -> int:
             drafted = image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
             return 1 if drafted is None else round(long / max(drafted[1]))
     return 1
+
+
+def _spare(image: Image.Image, at_least: int, side: Side) -> int:
+    """How many times a picture of very many pixels may be made smaller; 1 for all others. Resizing 179 million pixels with
+    their padding would take several GB.
+    """
+    short, long = sorted(image.size)
+    if short * long <= LARGE or long >= EXTREME_RATIO * short:
+        return 1
+    return max(1, (long if side == "long" else short) // at_least)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -275,70 +300,11 @@ def _crop(decoded: _Decoded, size: int) -> tuple[Image.Image, Box, tuple[int, in
     return image, box, (size, new_long) if width <= height else (new_long, size)
 
 
-def _resize_exact(
-    image: Image.Image, box: Box, new: tuple[int, int], colour: tuple[int, int, int], resample: Image.Resampling
-) -> np.ndarray:
-    """uint8 [3, new height, new width] of the part ``box``, by PIL; what lies outside of the picture has the colour."""
-    left, top, right, bottom = box
-    if left >= 0 and right <= image.width and (top < 0 or bottom > image.height):
-        # PIL resizes a square's rows, then its columns: rows of padding need no resizing to be the same
-        image = image.resize((new[0], image.height), resample, box=(left, 0, right, image.height))
-        left, right = 0, new[0]
-    x, y = max(0, ceil(-left)), max(0, ceil(-top))
-    box = left + x, top + y, right + x, bottom + y
-    canvas_size = max(image.width, ceil(box[2])), max(image.height, ceil(box[3]))
-    if canvas_size != image.size:
-        canvas = Image.new("RGB", canvas_size, colour)
-        canvas.paste(image, (x, y))
-        image = canvas
-    return np.asarray(image.resize(new, resample, box=box)).transpose(2, 0, 1)
-
-
-def _resize_fast(
-    image: Image.Image, box: Box, new: tuple[int, int], colour: tuple[int, int, int], resample: str
-) -> np.ndarray:
-    """The same by torch; the edges of ``box`` lie between pixels and it holds the whole picture."""
-    import torch  # here, so that indexing and checking data stay light
-
-    left, top, right, bottom = (int(edge) for edge in box)
-    pixels_HWC = np.empty((bottom - top, right - left, 3), np.uint8)  # few large buffers: their page faults cost time
-    if pixels_HWC.shape[:2] != (image.height, image.width):
-        pixels_HWC[0] = colour
-        pixels_HWC[1:] = pixels_HWC[0]
-    pixels_HWC[-top : image.height - top, -left : image.width - left] = np.asarray(image)
-    pixels_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)
-    return torch.nn.functional.interpolate(pixels_1CHW, (new[1], new[0]), mode=resample, antialias=True)[0].numpy()
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode == "RGB":
-        transparent = image.info.get("transparency")
-        return image if transparent is None else _over(image.convert("RGBA"), background)
-    if image.mode.startswith(("I", "F")):
-        return _from_deep_grey(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return _over(image.convert("RGBA"), background)
-    return image.convert("RGB")
-
-
-def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    canvas = Image.new("RGBA", image.size, (*background, 255))
-    canvas.alpha_composite(image)
-    return canvas.convert("RGB")
-
-
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit and 32-bit integers span 0-65535; floats span 0-1 when nothing exceeds 1, else 0-255."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-    else:
-        scale = 255.0 / 65535.0
-    grey = np.clip(np.rint(np.nan_to_num(values) * scale), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
-
-
-def _first_bytes(path: Path) -> str:
+def _unidentified(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(12)
-    return f"it starts with {head!r}" if head else "the file is empty"
+    kind = next((kind for mark, kind in _KINDS.items() if head.startswith(mark)), None)
+    if kind in FORMATS:
+        return f"the image cannot be decoded (the header of this {kind} file is damaged or cut off)"
+    begins = f"it starts with {head!r}" if head else "the file is empty"
+    return f"not an image ({begins}{f', a {kind} file, which is not read' if kind else ''})"

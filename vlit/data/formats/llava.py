@@ -170,7 +170,7 @@ def _image_to_front(text: str) -> str:
 
 
 def _keys(record: dict[str, Any]) -> str:
-    text = ", ".join(record)
+    text = repr(", ".join(record))[1:-1]  # line breaks escaped
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
