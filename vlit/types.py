@@ -111,6 +111,8 @@ class ModelSpec:
     trust_remote_code: bool = False
     tokenizer_revision: str | None = None
     """Hub revision the tokenizer is taken from, so that a pinned model is pinned with all that comes with it."""
+    vocab_size: int | None = None
+    """Token embeddings of the language model; a tokenizer that needs more is refused. None: not known."""
 
 
 class VisionTokens(NamedTuple):

@@ -16,7 +16,8 @@ from vlit.config.schema import DataConfig
 from vlit.data.load_tokenizer import tokenizer_for
 from vlit.data.templates._base import TemplateConfig
 from vlit.data.text import Context, TextEncoder, encoder_of, traits_of
-from vlit.errors import DataError
+from vlit.data.vocabulary import check_vocabulary
+from vlit.errors import DataError, ModelError
 from vlit.types import IGNORE_INDEX, IMAGE_PLACEHOLDER, ModelSpec, Piece, Sample, TokenizedSample, Turn
 
 
@@ -80,9 +81,12 @@ class SampleTokenizer:
     def tokenizer(self) -> Any:
         """The transformers tokenizer (cached per process)."""
         spec = self.spec
-        return tokenizer_for(
+        tokenizer = tokenizer_for(
             spec.tokenizer_path, trust_remote_code=spec.trust_remote_code, revision=spec.tokenizer_revision
         )
+        if spec.vocab_size is not None:
+            check_vocabulary(tokenizer, spec.vocab_size, spec.tokenizer_path)
+        return tokenizer
 
     @property
     def encoder(self) -> TextEncoder:
@@ -205,6 +209,17 @@ class SampleTokenizer:
             encoded.num_tokens = self._length(encoded)
         encoded.cut_tokens = before - encoded.num_tokens
 
+    def _special(self, token: str, token_id: int) -> int:
+        """``token_id``; ModelError when the language model has no embedding for this token of the template."""
+        size = self.spec.vocab_size
+        if size is not None and token_id >= size:
+            raise ModelError(
+                f"data.template {self.template.type}: its token {token!r} has the id {token_id} in the tokenizer "
+                f'"{self.spec.tokenizer_path}", the language model has {size} embeddings (its vocab_size). Set data.template to '
+                "one made for this model, or model.llm.tokenizer to the model's own."
+            )
+        return token_id
+
     def _length(self, encoded: _Encoded) -> int:
         pairs = zip(encoded.pieces, encoded.ids, strict=True)
         return sum(self.spec.tokens_per_view if piece.kind == "image" else len(ids) for piece, ids in pairs)
@@ -226,7 +241,7 @@ class SampleTokenizer:
                 num_images += 1
                 context = "start"
             elif piece.kind == "special":
-                all_ids.append([specials[piece.text]])
+                all_ids.append([self._special(piece.text, specials[piece.text])])
                 begins = position == 0 and piece.text == bos and not self.template.inline_bos
                 context = "start" if begins else "special"
             else:
