@@ -10,6 +10,8 @@ from typing import Any
 
 from vlit.errors import ModelError
 
+_MAX_BLOCKS = 10_000
+
 
 def read_config(path: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The transformers config of ``path`` (local folder or hub id).
@@ -27,18 +29,34 @@ def read_config(path: str, *, key: str, revision: str | None = None, trust_remot
         what = "has no config.json" if Path(path).expanduser().is_dir() else "does not exist"
         raise ModelError(f'{key} "{path}": this folder {what}. Give a Hugging Face model folder or a hub id.')
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files make transformers raise anything
         reason = " ".join(str(error).split())[:300]
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f'{key} "{path}": needs program code that comes with the model. Read that code; if you trust it, set '
                 f"{key.rpartition('.')[0]}.trust_remote_code: true."
             ) from error
+        if looks_local:
+            raise ModelError(
+                f'{key} "{path}": its config.json cannot be used ({reason or type(error).__name__}). Fetch it again.'
+            ) from error
         raise ModelError(
             f'{key} "{path}": not found as a local folder and not available from the Hugging Face hub ({reason}). '
             "Check the name, download it first, or point to a local folder."
         ) from error
+    _check_depth(config, path=path, key=key)
+    return config
+
+
+def _check_depth(config: Any, *, path: str, key: str) -> None:
+    """ModelError for a number of blocks that no model has: building them one by one would take for ever."""
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+        depth = getattr(part, "num_hidden_layers", 1)
+        if not isinstance(depth, int) or not 0 <= depth <= _MAX_BLOCKS:
+            raise ModelError(
+                f'{key} "{path}": config.json says num_hidden_layers {depth!r}, expected 0 to {_MAX_BLOCKS}. Fetch it again.'
+            )
 
 
 def dropouts(config: Any) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlit.errors import ModelError
+from vlit.models.foreign import library_errors
 from vlit.models.trusted import shards_of
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin", "mm_projector.bin", "adapter_model.safetensors")
@@ -48,7 +48,7 @@ class WeightFiles:
             return self._pickle(file)[name]
         from safetensors import safe_open
 
-        with safe_open(file, "pt") as opened:
+        with library_errors(f"{file}: {name}"), safe_open(file, "pt") as opened:
             return opened.get_tensor(name)
 
     def items(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -67,7 +67,7 @@ class WeightFiles:
             if index.is_file():
                 shards = shards_of(index, self.prefixes)
                 for shard in shards:
-                    if not (self.path / shard).is_file():
+                    if not _is_there(self.path / shard):
                         raise ModelError(f"{index}: lists {shard}, which is not there. The download is incomplete.")
                 return [self.path / shard for shard in shards]
         for name in _SINGLE:
@@ -89,15 +89,15 @@ class WeightFiles:
         try:
             with safe_open(file, "pt") as opened:
                 return list(opened.keys())
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({error}). Fetch it again.") from error
 
     def _pickle(self, file: Path) -> dict[str, Tensor]:
         if file not in self._pickles:
             try:
                 held = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                reason = str(error).split("\n")[0][:160]
+            except Exception as error:  # a damaged pickle makes torch raise nearly anything
+                reason = str(error).split("\n")[0][:160] or type(error).__name__
                 raise ModelError(
                     f"{file}: not a file of plain tensors ({reason}). Convert it to safetensors."
                 ) from error
@@ -105,6 +105,13 @@ class WeightFiles:
                 raise ModelError(f"{file}: expected a mapping of names to tensors. Convert it to safetensors.")
             self._pickles[file] = held
         return self._pickles[file]
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name no file system takes
+        return False
 
 
 def _is_zip(file: Path) -> bool:
