@@ -102,6 +102,10 @@ class LLMConfig(ComponentConfig):
         """D, read from the configuration alone."""
         raise NotImplementedError
 
+    def vocab_size(self) -> int | None:
+        """Token embeddings, read from the configuration alone; None when that does not say."""
+        return None
+
     def tokenizer_path(self) -> str:
         raise NotImplementedError
 

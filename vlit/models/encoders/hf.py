@@ -27,6 +27,7 @@ from vlit.models.encoders._hf_model import (
     run_model,
     vision_class,
 )
+from vlit.models.foreign import reads_model
 from vlit.models.hub import dropouts, read_config, set_recompute
 from vlit.models.interfaces import Encoder, EncoderConfig, EncoderSpec
 from vlit.models.trusted import load_pretrained
@@ -108,9 +109,11 @@ class HfEncoderConfig(EncoderConfig):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
 
+    @reads_model("model.encoder.path")
     def spec(self) -> EncoderSpec:
         return self._spec(self._structure()[2])
 
+    @reads_model("model.encoder.path")
     def build(self, *, dtype: torch.dtype) -> HfVisionEncoder:  # type: ignore[override]
         cls, config, structure = self._structure()
         model, missing = self._load(cls, config, structure.kept_layers, dtype)
@@ -145,6 +148,7 @@ class HfEncoderConfig(EncoderConfig):
             spec=self._spec(structure),
         )
 
+    @reads_model("model.encoder.path")
     def load_whole(self, *, dtype: torch.dtype) -> nn.Module:
         """The transformers vision model with all its blocks, norms and heads, at ``image_size`` (for export)."""
         cls, config, structure = self._structure()
@@ -165,6 +169,7 @@ class HfEncoderConfig(EncoderConfig):
             )
         return cls, config, structure
 
+    @reads_model("model.encoder.path")
     def dropouts(self) -> dict[str, float]:
         config = self._config()
         return dropouts(getattr(config, "vision_config", None) or config)

@@ -13,6 +13,7 @@ from torch import nn
 
 from vlit.errors import ModelError
 from vlit.models.encoders._intermediates import IntermediateEncoder, TowerStructure, find_structure, prune
+from vlit.models.foreign import reads_model
 from vlit.models.interfaces import EncoderConfig, EncoderSpec
 from vlit.registry import ENCODERS
 
@@ -46,9 +47,11 @@ class OpenClipEncoderConfig(EncoderConfig):
     image_size: int | None = None
     """Side of the square input in pixels. Another size than the model's own resizes its position table once."""
 
+    @reads_model("model.encoder.model", attribute="model")
     def spec(self) -> EncoderSpec:
         return self._inspect()[0]
 
+    @reads_model("model.encoder.model", attribute="model")
     def build(self, *, dtype: torch.dtype) -> IntermediateEncoder:  # type: ignore[override]
         spec, structure = self._inspect()
         tower = self._tower(load_weights=True)
