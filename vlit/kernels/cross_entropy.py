@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlit.kernels.planning import device_kind
+
 
 class Sizes(NamedTuple):
     """How the work is cut up on a kind of device."""
@@ -147,7 +149,8 @@ def _loss_and_gradients(
     """
     need_hidden, need_weight, need_bias = need
     dtype, exact, vocabulary = hidden_LD.dtype, _exact(hidden_LD.dtype), len(weight_VD)
-    sizes = SIZES["cuda" if hidden_LD.is_cuda else "cpu"]
+    on_gpu = device_kind(hidden_LD) == "cuda"
+    sizes = SIZES["cuda" if on_gpu else "cpu"]
     rows = _chunk_rows(hidden_LD, vocabulary, need_weight, sizes)
     block = min(rows, max(1, sizes.block_logits // vocabulary))
     logits_RV = hidden_LD.new_empty((rows, vocabulary))
@@ -155,7 +158,7 @@ def _loss_and_gradients(
     losses_L1 = hidden_LD.new_empty((len(hidden_LD), 1), dtype=exact)
     norms_L1 = torch.empty_like(losses_L1)
 
-    wide = exact if hidden_LD.is_cuda else dtype
+    wide = exact if on_gpu else dtype
     summed = exact if rows < len(hidden_LD) else wide
     grad_hidden = torch.empty_like(hidden_LD, dtype=wide) if need_hidden else None
     grad_weight = torch.empty_like(weight_VD, dtype=summed) if need_weight else None

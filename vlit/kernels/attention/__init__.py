@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlit.kernels.attention.segments import NO_PARENT, Family, Segments, make_segments, segments_of
+from vlit.kernels.planning import device_kind
 
 __all__ = [
     "NO_PARENT",
@@ -46,9 +47,10 @@ def choose_backend(q_HTE: Tensor, k_KTE: Tensor, segments: Segments, *, options:
     """
     if options:
         return "dense"
-    if q_HTE.device.type == "cuda":
+    kind = device_kind(q_HTE)
+    if kind == "cuda":
         return "triton" if _triton_works(q_HTE, k_KTE) else "dense"
-    if q_HTE.device.type == "cpu":
+    if kind == "cpu":
         if q_HTE.dtype == torch.bfloat16:
             return "flash" if _flash_works(q_HTE, k_KTE) else "blocked"
         return "blocked" if any(parent != NO_PARENT for parent in segments.parents) else "dense"
@@ -142,12 +144,16 @@ def _flash_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:
     from vlit.kernels.attention.proof import proves_right
 
     groups = q_HTE.shape[0] // k_KTE.shape[0]
+    if q_HTE.is_meta:
+        return available(q_HTE)
     return available(q_HTE) and proves_right(flash_cpu_attention, q_HTE.device, q_HTE.dtype, q_HTE.shape[-1], groups)
 
 
 def _triton_works(q_HTE: Tensor, k_KTE: Tensor) -> bool:
     if find_spec("triton") is None or not 16 <= q_HTE.shape[-1] <= 256:
         return False
+    if q_HTE.is_meta:
+        return True
     from vlit.kernels.attention.proof import proves_right
     from vlit.kernels.attention.triton import triton_attention
 

@@ -120,7 +120,7 @@ def _softmax(scores: Tensor, block: Block, groups: int, scale: float) -> Tensor:
         lo, hi = _bounds(rows, block.lo - block.own_lo, shared, block.cuts)
         return native.softmax_(scores, lo, hi, shared=shared, scale=scale)
     masked = scores.view(scores.shape[0], groups, rows, -1)[..., -rows:]
-    masked.masked_fill_(_hidden(rows, block.cuts), -math.inf)
+    masked.masked_fill_(_hidden(rows, block.cuts).to(scores.device), -math.inf)
     return torch.softmax(scores.mul_(scale), -1)
 
 
@@ -167,7 +167,7 @@ class _BlockedAttention(torch.autograd.Function):
         groups = heads // kv_heads
         grad_HTE = _contiguous(grad_outputs[0].transpose(0, 1))
         dq_THE = q_HTE.new_empty(tokens, heads, size)
-        dk, dv = (torch.zeros(kv_heads, tokens, size, dtype=torch.float32) for _ in range(2))
+        dk, dv = (q_HTE.new_zeros(kv_heads, tokens, size, dtype=torch.float32) for _ in range(2))
         for block, weights in zip(ctx.blocks, kept, strict=True):
             rows, keys, values = _rows(q_HTE, block, groups), _keys(k_KTE, block), _keys(v_KTE, block)
             if weights is None:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from vlit.kernels import native
 from vlit.kernels.attention.segments import NO_PARENT, Segments, make_segments
+from vlit.kernels.planning import device_kind
 
 MAX_HEAD_SIZE = 256
 
@@ -37,7 +38,7 @@ def _lanes() -> int:
 def available(q: Tensor) -> bool:
     """Whether the kernel takes these queries: bf16 on a CPU with AVX512-BF16, E a multiple of 16 up to 256, a C compiler."""
     size = q.shape[-1]
-    fits = q.device.type == "cpu" and q.dtype == torch.bfloat16 and size % 16 == 0 and 0 < size <= MAX_HEAD_SIZE
+    fits = device_kind(q) == "cpu" and q.dtype == torch.bfloat16 and size % 16 == 0 and 0 < size <= MAX_HEAD_SIZE
     return fits and _lanes() > 0
 
 
@@ -172,8 +173,9 @@ class _FlashAttention(torch.autograd.Function):
         batch, heads, tokens, size = q_BHTE.shape
         out_BTHE = q_BHTE.new_empty(batch, tokens, heads, size)
         lse_BHT = q_BHTE.new_empty(batch, heads, tokens, dtype=torch.float32)
-        views = [ctypes.byref(_view(x)) for x in (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2))]
-        _call("vlit_flash_forward", _problem(q_BHTE, k_BKTE, plan, scale), *views, _pointer(lse_BHT.data_ptr()))
+        if not q.is_meta:
+            views = [ctypes.byref(_view(x)) for x in (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2))]
+            _call("vlit_flash_forward", _problem(q_BHTE, k_BKTE, plan, scale), *views, _pointer(lse_BHT.data_ptr()))
         ctx.save_for_backward(q_BHTE, k_BKTE, v_BKTE, out_BTHE, lse_BHT)
         ctx.plan, ctx.scale, ctx.packed = plan, scale, q.dim() == 3
         return out_BTHE[0] if ctx.packed else out_BTHE
@@ -184,9 +186,10 @@ class _FlashAttention(torch.autograd.Function):
         q_BHTE, k_BKTE, v_BKTE, out_BTHE, lse_BHT = ctx.saved_tensors
         grad_BHTE = _strided(grad_outputs[0]).transpose(1, 2)
         grads = [_like_projection(x) for x in (q_BHTE, k_BKTE, v_BKTE)]
-        views = [_view(x) for x in (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2), grad_BHTE, *grads)]
-        tensors = _Tensors(*(ctypes.addressof(view) for view in views), lse_BHT.data_ptr())
-        _call("vlit_flash_backward", _problem(q_BHTE, k_BKTE, ctx.plan, ctx.scale), ctypes.byref(tensors))
+        if not grad_BHTE.is_meta:
+            views = [_view(x) for x in (q_BHTE, k_BKTE, v_BKTE, out_BTHE.transpose(1, 2), grad_BHTE, *grads)]
+            tensors = _Tensors(*(ctypes.addressof(view) for view in views), lse_BHT.data_ptr())
+            _call("vlit_flash_backward", _problem(q_BHTE, k_BKTE, ctx.plan, ctx.scale), ctypes.byref(tensors))
         return *(grad[0] if ctx.packed else grad for grad in grads), None, None
 
 

@@ -392,6 +392,6 @@ def triton_attention(q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, *, segments: S
     tables.choose_tiles(size, q_HTE.element_size(), hopper=False)
     if INTERPRETED and dtype == torch.bfloat16:
         raise NotImplementedError("Triton's interpreter takes bf16 bits for integers in products; give it fp32 or fp16")
-    if not INTERPRETED and not q_HTE.is_cuda:
+    if not INTERPRETED and not (q_HTE.is_cuda or q_HTE.is_meta):
         raise ValueError(f"the Triton kernels need CUDA tensors, got {q_HTE.device}; choose another attention backend")
     return forward_op(q_HTE, k_KTE, v_KTE, segments.lengths, segments.parents, scale)[0]

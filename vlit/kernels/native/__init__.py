@@ -118,6 +118,8 @@ def softmax_(scores: Tensor, lo: Tensor, hi: Tensor, *, shared: int, scale: floa
     """
     kernels = compiled()
     assert kernels is not None
+    if scores.is_meta:
+        return scores
     batch, rows, width = scores.shape
     kernels.vlit_softmax_bf16(
         _pointer(scores), _int(batch), _int(rows), _int(width), _int(len(lo)), _int(shared), _pointer(lo), _pointer(hi),
@@ -130,6 +132,8 @@ def softmax_backward_(grad: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, *, 
     """Gradient of the softmax's result -> gradient of the scores, in place; arguments as in :func:`softmax_`."""
     kernels = compiled()
     assert kernels is not None
+    if grad.is_meta:
+        return grad
     batch, rows, width = grad.shape
     kernels.vlit_softmax_backward_bf16(
         _pointer(grad), _pointer(weights), _int(batch), _int(rows), _int(width), _int(len(lo)), _int(shared), _pointer(lo),
@@ -142,7 +146,7 @@ def copy_heads_(to_HRE: Tensor, from_HRE: Tensor) -> Tensor:
     """``to.copy_(from)`` for equal shapes whose last dimension is contiguous in both."""
     kernels = compiled()
     size = from_HRE.element_size()
-    if kernels is None or to_HRE.stride(2) != 1 or from_HRE.stride(2) != 1:
+    if kernels is None or to_HRE.is_meta or to_HRE.stride(2) != 1 or from_HRE.stride(2) != 1:
         return to_HRE.copy_(from_HRE)
     heads, rows, width = from_HRE.shape
     numbers = (heads, rows, width * size, *(x.stride(d) * size for x in (to_HRE, from_HRE) for d in (0, 1)))
