@@ -43,7 +43,7 @@ from vlit.models.interfaces import EncoderSpec
 from vlit.models.llms.hf import HFLanguageModel
 from vlit.models.tuning import apply_tuning
 from vlit.train.distributed import Ranks, start_ranks
-from vlit.train.optimizer import TrainedWeights
+from vlit.train.replicated import ReplicatedEngine
 from vlit.train.step import StepResult, train_step
 from vlit.types import ModelSpec, StepBatch
 
@@ -164,7 +164,7 @@ class Stage:
             self.rows = {p: [row.map(torch.Tensor.pin_memory) for row in rows] for p, rows in self.rows.items()}
         config = TuningConfig.model_validate(tuning)
         apply_tuning(model, config)
-        self.weights = TrainedWeights(model, tuning=config, lr=case.lr, config=OptimizerConfig())
+        self.engine = ReplicatedEngine(model, tuning=config, lr=case.lr, config=OptimizerConfig(), ranks=ranks)
         self.flops = UsefulFlops(model)
         self.last: dict[Way, tuple[StepResult, float | None]] = {}
         """Result of the newest step of each way, and the most memory allocated in it (GiB)."""
@@ -172,14 +172,14 @@ class Stage:
     def step(self, way: Way) -> None:
         """One optimizer step."""
         device = self.ranks.device
-        self.weights.zero_grad()  # a step that ran out of memory left some
+        self.engine.discard()  # a step that ran out of memory left some
         self.model.attention_backend = way.attention
         self.model.set_gradient_checkpointing(way.recompute)
         self.model.train()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         result = train_step(
-            self.model, self.weights, StepBatch(0, self.rows[way.packing]), ranks=self.ranks, lr_factor=1.0, clip=1.0,
+            self.engine, StepBatch(0, self.rows[way.packing]), ranks=self.ranks, lr_factor=1.0, clip=1.0,
             flops=self.flops, sources=["benchmark"],
         )  # fmt: skip
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

@@ -31,7 +31,7 @@ from vlit.serve.preview_data import (
     visible,
 )
 from vlit.serve.preview_terminal import picture_text, print_preview, row_text, tokens_text
-from vlit.train.stage import open_mixture
+from vlit.train.identity import open_mixture
 
 EVIL = '<img src=x onerror="alert(1)">'
 

@@ -18,9 +18,10 @@ from vlit.data.load import StepLoader
 from vlit.data.share import single
 from vlit.data.tokenize import SampleTokenizer
 from vlit.models.assemble import model_spec
+from vlit.train.identity import open_mixture
 from vlit.train.run import run_training
 from vlit.train.sharing import share_at_most
-from vlit.train.stage import Interrupted, open_mixture
+from vlit.train.signals import Interrupted
 
 QUESTIONS = ("Which colour?", "Name the colour of this picture, please.", "Is it red?", "What do you see?")
 

@@ -18,7 +18,7 @@ from vlit.errors import CheckpointError, DataError, ModelError, TrainingError
 from vlit.models.artifact import load_model
 from vlit.train import stage as stage_module
 from vlit.train.run import model_folder, run_training
-from vlit.train.stage import Interrupted
+from vlit.train.signals import Interrupted
 
 GOLDEN = Path(__file__).parent / "golden" / "two_stage_losses.json"
 
@@ -47,9 +47,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, acti
     """Do ``action`` once, while ``step`` of ``stage`` is being trained."""
     real, fired = stage_module.train_step, []
 
-    def wrapped(model, weights, batch, **kwargs):
-        name = "align" if not any(n.startswith("llm.") for n in weights.parameters) else "instruct"
-        result = real(model, weights, batch, **kwargs)
+    def wrapped(engine, batch, **kwargs):
+        name = "align" if "llm" not in engine.peak_lr else "instruct"
+        result = real(engine, batch, **kwargs)
         if not fired and (name, batch.step + 1) == (stage, step):
             fired.append(True)
             action()
@@ -126,12 +126,14 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(
     interrupt_after(monkeypatch, "instruct", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         run_training(run)
-    weights = tmp_path / "out" / "instruct" / "state" / "step-4" / "weights.safetensors"
+    weights = tmp_path / "out" / "instruct" / "state" / "step-4" / "rank-00000-of-00001.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(bytes(content))
     run_training(run)
-    assert "step-4 is not usable (weights.safetensors does not match its checksum)" in capsys.readouterr().err
+    assert (
+        "step-4 is not usable (rank-00000-of-00001.safetensors does not match its checksum)" in capsys.readouterr().err
+    )
     assert_same_bits(straight / "instruct" / "model", tmp_path / "out" / "instruct" / "model")
 
 
@@ -168,7 +170,7 @@ def test_a_changed_configuration_is_refused_and_the_difference_shown(
     with pytest.raises(CheckpointError, match=r"stage\.lr: 0\.002 -> 0\.5.*allow_config_drift=true"):
         run_training(tiny_run(tiny_dir, tmp_path / "out", "stages.align.lr=0.5"))
     run_training(tiny_run(tiny_dir, tmp_path / "out", "stages.align.checkpoint.every_steps=3"))  # decides no result
-    with pytest.raises(CheckpointError, match="is not empty and resume is never"):
+    with pytest.raises(CheckpointError, match="holds a run and resume is never"):
         run_training(tiny_run(tiny_dir, tmp_path / "out", "resume=never"))
 
 
@@ -192,11 +194,11 @@ def test_a_step_that_is_not_finite_is_not_applied_and_too_many_end_the_run(
 ) -> None:
     real = stage_module.train_step
 
-    def poisoned(model, weights, batch, **kwargs):
+    def poisoned(engine, batch, **kwargs):
         if batch.step in (1, 2):
-            for parameter in weights.parameters.values():
+            for parameter in engine.parameters.values():
                 parameter.register_hook(lambda grad: grad * float("nan")) if batch.step == 1 else None
-        return real(model, weights, batch, **kwargs)
+        return real(engine, batch, **kwargs)
 
     monkeypatch.setattr(stage_module, "train_step", poisoned)
     run = tiny_run(tiny_dir, tmp_path / "out", "stages.align.max_non_finite_steps=1")
@@ -241,7 +243,7 @@ def test_starting_from_a_model_folder_needs_the_same_parts(straight: Path, tiny_
 def test_bf16_keeps_fp32_masters_and_still_learns(tiny_dir: Path, tmp_path: Path) -> None:
     run = tiny_run(tiny_dir, tmp_path / "out", "runtime.precision=bf16", "stages.instruct.max_steps=3")
     run_training(run)
-    state = load_file(next((tmp_path / "out" / "instruct" / "state").glob("step-*/weights.safetensors")))
+    state = load_file(next((tmp_path / "out" / "instruct" / "state").glob("step-*/rank-*.safetensors")))
     assert {t.dtype for t in state.values()} == {torch.float32}
     rows = losses_of(run)
     assert rows[5][2] < rows[0][2]

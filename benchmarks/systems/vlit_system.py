@@ -21,7 +21,7 @@ from vlit.models.flops import UsefulFlops
 from vlit.models.tuning import apply_tuning
 from vlit.train import distributed
 from vlit.train.distributed import start_ranks
-from vlit.train.optimizer import TrainedWeights
+from vlit.train.replicated import ReplicatedEngine
 from vlit.train.step import train_step
 from vlit.types import PackedBatch, StepBatch
 
@@ -54,7 +54,9 @@ class VlitSystem:
         self.model = build_model(config, dtype=torch.float32 if settings.precision == "fp32" else torch.bfloat16)
         self.model.to(self.ranks.device)
         tuning = tune(self.model, case)
-        self.weights = TrainedWeights(self.model, tuning=tuning, lr=case.lr, config=OptimizerConfig())
+        self.engine = ReplicatedEngine(
+            self.model, tuning=tuning, lr=case.lr, config=OptimizerConfig(), ranks=self.ranks
+        )
         self.model.attention_backend = settings.attention
         self.model.set_gradient_checkpointing(settings.checkpointing)
         if settings.compile:
@@ -75,8 +77,7 @@ class VlitSystem:
         while True:
             clock.begin()
             result = train_step(
-                self.model,
-                self.weights,
+                self.engine,
                 self.batch,
                 ranks=self.ranks,
                 lr_factor=1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -74,6 +75,14 @@ def collate_samples(
     """A row of samples of their own."""
     trees = [single(number, sample) for number, sample in enumerate(samples)]
     return collate(trees, samples, pixels, image_size=image_size)
+
+
+def placeholder_row(empty: PackedBatch) -> PackedBatch:
+    """A row of one token without label or image, for a rank that has no record but must compute along with the others."""
+    one = torch.zeros(1, dtype=torch.int64)
+    return replace(
+        empty, input_ids=one, position_ids=one, is_image=one.bool(), segments=(Segment(1, NO_PARENT, NO_SAMPLE),)
+    )
 
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> torch.Tensor:

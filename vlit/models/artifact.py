@@ -15,7 +15,6 @@ the ones the model was trained on. Nothing is decided by a folder's name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -28,11 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlit.config.schema import DataConfig, ModelConfig, PartTuning
+from vlit.durable import file_sha256, replace_folder, sync_tree
 from vlit.errors import CheckpointError, ModelError
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.hub import quiet_progress
+from vlit.models.quantize import Mode, Original, original_of
 from vlit.models.trusted import check_model_folder, refuse_remote_code
-from vlit.models.tuning import LORA_MARK, add_lora, embedding_parameters, fingerprint, has_lora, part_of_parameters
+from vlit.models.tuning import LORA_MARK, add_lora, embedding_parameters, fingerprint, part_of_parameters
 
 M = TypeVar("M", ModelConfig, DataConfig)
 
@@ -40,16 +41,12 @@ FORMAT = "vlit-model"
 VERSION = 1
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_model(
     model: VisionLanguageModel,
     folder: Path,
     *,
+    weights: dict[str, Tensor],
+    unchanged: dict[str, str],
     changed: set[str],
     lora: dict[str, PartTuning],
     data_rules: dict[str, Any],
@@ -59,25 +56,32 @@ def save_model(
     """Write the model folder atomically, replacing an older one.
 
     Args:
+        model: its structure; the values come from ``weights``, since a sharded model holds only a share of them.
+        weights: every weight by its ``state_dict`` name.
+        unchanged: fingerprints of the parts that still are their base (:func:`fingerprints`).
         changed: parts trained in full since the base weights were loaded.
         lora: adapter settings of the parts that carry adapters.
         data_rules: template, image policy and length the model was trained with (a ``DataConfig`` dump).
         info: provenance, for example stage, steps and run name.
+
+    Raises:
+        OSError: the disk is full, say; what stood there before is intact.
     """
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _save(dict(model.connector.state_dict()), aside / "connector.safetensors")
+    _save(_below(weights, "connector."), aside / "connector.safetensors")
     config = model.config.model_dump(mode="json")
     if changed & {"llm", "embeddings"}:
         with quiet_progress():
-            model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(model.llm.hf))
+            model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(_below(weights, "llm.hf.")))
         config["llm"] = {**config["llm"], "path": "llm"}
     if "vision" in changed:
-        _save(_without_lora(model.encoder), aside / "vision.safetensors")
-    for part, module in {"llm": model.llm.hf, "vision": model.encoder}.items():
+        _save(_without_lora(_below(weights, "encoder.")), aside / "vision.safetensors")
+    for part, prefix in {"llm": "llm.hf.", "vision": "encoder."}.items():
         if part in lora:
-            _save({n: p for n, p in module.named_parameters() if LORA_MARK in n}, aside / f"{part}_lora.safetensors")
+            adapters = {n: t for n, t in _below(weights, prefix).items() if LORA_MARK in n}
+            _save(adapters, aside / f"{part}_lora.safetensors")
     tokenizer.save_pretrained(aside / "tokenizer")
     config["llm"]["tokenizer"] = "tokenizer"
     manifest = {
@@ -88,17 +92,17 @@ def save_model(
         "spec": asdict(model.spec),
         "changed": sorted(changed),
         "lora": {part: tuning.model_dump(mode="json") for part, tuning in lora.items()},
-        "unchanged": _unchanged_fingerprints(model, changed),
+        "unchanged": {part: digest for part, digest in unchanged.items() if part not in changed},
         "info": info,
         "files": {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()},
     }
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    sync_tree(aside)
+    replace_folder(aside, folder)
+
+
+def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -122,12 +126,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False
+    folder: Path, *, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False, quantize: Mode | None = None
 ) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """Model and manifest; every file's sha256 and every unchanged part's fingerprint is checked.
 
     Args:
         trust_remote_code: run program code that comes with a base model, where the manifest says it needs that.
+        quantize: hold the decoder's weights like this instead of as in training; ``none`` to merge adapters.
 
     Raises:
         CheckpointError: a file is missing, damaged or not the folder's own, or a base model is not the one the run was
@@ -150,6 +155,8 @@ def load_model(
                 f"{folder}/manifest.json: does not list {name}, which this model needs. Copy it again."
             )
     config = model_config(folder, manifest)
+    if quantize is not None and "quantize" in type(config.llm).model_fields:
+        config = config.model_copy(update={"llm": config.llm.model_copy(update={"quantize": quantize})})
     model = build_model(config, dtype=dtype, seed=seed)
     _load(model.connector, folder / "connector.safetensors")
     if "vision" in manifest["changed"]:
@@ -214,16 +221,17 @@ def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _unchanged_fingerprints(model: VisionLanguageModel, changed: set[str]) -> dict[str, str]:
-    groups: dict[str, dict[str, Tensor]] = {}
+def fingerprints(model: VisionLanguageModel) -> dict[str, str]:
+    """Part -> fingerprint of its base weights, adapters left out; the connector has no base."""
+    groups: dict[str, dict[str, Tensor | Original]] = {}
     for name, part in part_of_parameters(model).items():
-        if part not in changed and part != "connector" and LORA_MARK not in name:
-            groups.setdefault(part, {})[name.replace(".base_layer", "")] = model.get_parameter(name)
+        if part != "connector" and LORA_MARK not in name:
+            groups.setdefault(part, {})[name.replace(".base_layer", "")] = original_of(model, name)
     return {part: fingerprint(tensors) for part, tensors in groups.items()}
 
 
 def _check_unchanged(model: VisionLanguageModel, manifest: dict[str, Any], folder: Path) -> None:
-    found = _unchanged_fingerprints(model, set(manifest["changed"]))
+    found = fingerprints(model)
     for part, expected in manifest["unchanged"].items():
         if found.get(part) != expected:
             source = manifest["model"]["encoder" if part == "vision" else "llm"].get("path", "its base")
@@ -233,11 +241,9 @@ def _check_unchanged(model: VisionLanguageModel, manifest: dict[str, Any], folde
             )
 
 
-def _without_lora(module: nn.Module) -> dict[str, Tensor]:
-    """State dict under the names the module had before adapters were added."""
-    if not has_lora(module):
-        return dict(module.state_dict())
-    return {n.replace(".base_layer", ""): t for n, t in module.state_dict().items() if LORA_MARK not in n}
+def _without_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names they had before adapters were added."""
+    return {n.replace(".base_layer", ""): t for n, t in weights.items() if LORA_MARK not in n}
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -5,13 +5,15 @@ Shape letters: T tokens of a packed row, L supervised positions, V views, S visi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vlit.config.schema import ModelConfig
 from vlit.kernels.attention import Backend, segments_of
 from vlit.kernels.cross_entropy import CrossEntropy
-from vlit.models.attention import packed_arguments
+from vlit.models.attention import packed_arguments, register, register_encoder
 from vlit.models.interfaces import Connector, Encoder
 from vlit.models.llms.hf import HFLanguageModel
 from vlit.types import ModelSpec, PackedBatch, VisionTokens
@@ -29,6 +31,7 @@ def model_spec(config: ModelConfig) -> ModelSpec:
         tokens_per_view=config.connector.num_tokens(encoder.tokens_per_view),
         resample=encoder.resample,
         trust_remote_code=getattr(config.llm, "trust_remote_code", False),
+        vocab_size=config.llm.vocab_size(),
         tokenizer_revision=getattr(config.llm, "revision", None)
         if getattr(config.llm, "tokenizer", None) is None
         else None,
@@ -53,6 +56,18 @@ def build_model(config: ModelConfig, *, dtype: torch.dtype, seed: int = 0) -> Vi
     return model.requires_grad_(False)
 
 
+def build_empty_model(config: ModelConfig, *, dtype: torch.dtype) -> VisionLanguageModel:
+    """The model of :func:`build_model` on the meta device, from configurations alone: no weights are read or made."""
+    spec = model_spec(config)
+    encoder: Encoder = config.encoder.build_empty(dtype=dtype)
+    llm: HFLanguageModel = config.llm.build_empty(dtype=dtype)
+    connector: Connector = config.connector.build_empty(
+        in_width=encoder.spec.width, out_width=llm.width, tokens_in=encoder.spec.tokens_per_view
+    )
+    model = VisionLanguageModel(config, spec, encoder, connector.to(dtype), config.fusion.build(), llm)
+    return model.to("meta").requires_grad_(False)
+
+
 class VisionLanguageModel(nn.Module):
     """Four parts and nothing else; each parameter lives in exactly one of them."""
 
@@ -70,12 +85,21 @@ class VisionLanguageModel(nn.Module):
         self.encoder, self.connector, self.fusion, self.llm = encoder, connector, fusion, llm
         self.attention_backend: Backend = "auto"
         self.z_loss = 0.0
+        self.vision_on_every_row = False
+        """Encode a blank picture where a row has none although nothing there is trained: sharded weights must be gathered on
+        all ranks alike."""
         self._recompute = "none"
         self.image_mean: Tensor
         self.image_std: Tensor
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.image_mean, spec.image_std))
         self.register_buffer("image_mean", mean, persistent=False)
         self.register_buffer("image_std", std, persistent=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that did not build it, a model must still find its attention functions."""
+        super().__setstate__(state)
+        register()
+        register_encoder()
 
     @property
     def device(self) -> torch.device:
@@ -97,10 +121,14 @@ class VisionLanguageModel(nn.Module):
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states ``[T, D]`` of a packed row; samples do not see each other."""
         text_TD = self.llm.embed(batch.input_ids)
-        vision = self.encode_images(batch.pixels) if batch.num_images else None
+        vision, nothing = None, None
+        if batch.num_images:
+            vision = self.encode_images(batch.pixels)
+        elif self.vision_on_every_row or self._vision_is_tuned():
+            nothing = self._zero_weighted_vision()  # here, so that modules are called in the same order on every rank
         embeds_TD, layer_arguments = self.fusion(text_TD, vision, batch.is_image)
-        if vision is None and self._vision_is_tuned():
-            embeds_TD = embeds_TD + self._zero_weighted_vision().to(embeds_TD.dtype)
+        if nothing is not None:
+            embeds_TD = embeds_TD + nothing.to(embeds_TD.dtype)
         segments = segments_of(batch)
         return self.llm.hidden_states(
             embeds_TD.unsqueeze(0),

@@ -48,7 +48,7 @@ def generate_ids(
     hf: Any = model.llm.hf
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: weights gathered here (ZeRO-3) may stay, and are trained later
         embeds, mask = _left_padded(model, prompts)
         ends = [list(s) for s in stop if s]
         single = sorted({s[0] for s in ends if len(s) == 1})

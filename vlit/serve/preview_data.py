@@ -121,7 +121,7 @@ def collect_preview(run: RunConfig, stage: str, *, samples: int = 16, steps: int
     """
     from vlit.data.tokenize import SampleTokenizer
     from vlit.models.assemble import model_spec
-    from vlit.train.stage import open_mixture
+    from vlit.train.identity import open_mixture
 
     spec = model_spec(run.model)
     data, config = run.data_for(stage), run.stages[stage]

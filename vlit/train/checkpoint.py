@@ -1,29 +1,31 @@
-"""Resumable checkpoints: written aside, checksummed, renamed, rotated; the newest intact one is used.
+"""Resumable checkpoints: every rank writes its share aside, the folder is renamed when all are on the disk, old ones rotate.
 
-``<stage>/state/step-N/`` holds fp32 master weights, optimizer state, random-number states and the position, which is one
-integer because the order of the data is a pure function of (sizes, seed, epoch).
+``<stage>/state/step-N/`` holds one safetensors file a rank with the fp32 masters and optimizer states it is responsible for
+(:mod:`vlit.train.fragments`), and ``state.json`` with the position, the identity of the stage and every file's sha256. No
+random-number states: every step seeds its own (:func:`vlit.train.distributed.seed_step`), and the order of the data is a
+function of (sizes, seed, epoch). So one format serves every strategy and number of ranks, and nothing in it is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import random
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
+from vlit.durable import file_sha256, plain, recover_folder, replace_file, replace_folder, write_file
 from vlit.errors import CheckpointError
-from vlit.models.artifact import file_sha256
-from vlit.train.optimizer import TrainedWeights
+from vlit.train.distributed import Ranks
+from vlit.train.engine import Engine
+from vlit.train.fragments import Fragment, FragmentReader, write_fragments
 
-FILES = ("weights.safetensors", "optimizer.pt", "random.pt")
+FORMAT = 2
+"""Of ``state.json``. Version 1 (one file for all ranks, pickled optimizer state) was never released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,56 +37,104 @@ class Position:
     images: int = 0
     seconds: float = 0.0
     non_finite_steps: int = 0
+    updates: int = 0
+    """Steps that changed the weights: ``step`` less the discarded ones."""
 
 
-def save_state(root: Path, weights: TrainedWeights, position: Position, identity: dict[str, Any], *, keep: int) -> Path:
-    """Write ``root/step-N`` atomically and delete all but the ``keep`` newest. A failed write leaves the old ones alone."""
-    final, aside = root / f"step-{position.step}", root / f".step-{position.step}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in weights.tensors().items()}
-    save_file(tensors, aside / "weights.safetensors")
-    torch.save(weights.optimizer_state(), aside / "optimizer.pt")
-    torch.save(_random_states(), aside / "random.pt")
+def aside_folder(root: Path, step: int) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return root / f".step-{step}.writing"
+
+
+def _share_name(ranks: Ranks) -> str:
+    return f"rank-{ranks.rank:05d}-of-{ranks.world_size:05d}"
+
+
+def write_share(aside: Path, fragments: list[Fragment], ranks: Ranks) -> None:
+    """Write this rank's file, then a note of its checksum, which is the mark that the file is whole."""
+    name = _share_name(ranks)
+    digest = write_fragments(aside / f"{name}.safetensors", fragments)
+    replace_file(aside / f"{name}.json", json.dumps({"file": f"{name}.safetensors", "sha256": digest}))
+
+
+def write_failure(aside: Path, problem: str, ranks: Ranks) -> None:
+    """Leave a note of why this rank's file is not there; on a full disk the file makes room for it."""
+    name = _share_name(ranks)
+    with contextlib.suppress(OSError):
+        (aside / f"{name}.safetensors").unlink(missing_ok=True)
+        replace_file(aside / f"{name}.json", json.dumps({"problem": problem}))
+
+
+def read_notes(aside: Path) -> list[dict[str, Any]]:
+    """What the ranks have said so far."""
+    return [json.loads(path.read_bytes()) for path in sorted(aside.glob("rank-*.json"))]
+
+
+def commit(
+    root: Path,
+    position: Position,
+    identity: dict[str, Any],
+    notes: list[dict[str, Any]],
+    *,
+    world_size: int,
+    strategy: str,
+    keep: int,
+) -> Path:
+    """Rank 0, when every rank has written its share: describe the checkpoint, give it its name, delete old ones."""
+    aside = aside_folder(root, position.step)
     state = {
+        "format": FORMAT,
         "position": {slot: getattr(position, slot) for slot in Position.__slots__},
         "identity": identity,
         "torch": torch.__version__,
-        "files": {name: file_sha256(aside / name) for name in FILES},
+        "world_size": world_size,
+        "strategy": strategy,
+        "files": {note["file"]: note["sha256"] for note in notes},
     }
-    (aside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    for path in aside.iterdir():
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    _fsync(root)
-    for old in _by_step(root)[keep:]:
+    for path in aside.glob("rank-*.json"):
+        path.unlink()
+    write_file(aside / "state.json", [json.dumps(state, indent=2).encode()])
+    final = root / f"step-{position.step}"
+    replace_folder(aside, final)
+    for old in by_step(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def newest_state(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Newest intact checkpoint and its ``state.json``; damaged ones are named on stderr and passed over."""
-    for leftover in root.glob(".step-*.writing"):
+def clear_leftovers(root: Path) -> None:
+    """Rank 0, before anything is read: folders that a killed process was writing, or was replacing."""
+    for old in root.glob(".step-*.old"):
+        recover_folder(root / old.name.removeprefix(".").removesuffix(".old"))
+    for leftover in (*root.glob(".step-*.writing"), *root.glob(".step-*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
-    for folder in _by_step(root):
-        problem = _problem(folder)
-        if problem is None:
+
+
+def newest_state(root: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+    """Newest intact checkpoint and its ``state.json``; damaged ones are named on stderr and passed over.
+
+    The ranks share the work of checking the files, and all come to the same answer.
+    """
+    for folder in ranks.share(by_step(root)):
+        problems = [problem for problem in ranks.gather(_problem(folder, ranks)) if problem]
+        if not problems:
             return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        print(f"warning: checkpoint {folder} is not usable ({problem}); trying the one before it.", file=sys.stderr)
+        if ranks.is_main:
+            print(
+                f"warning: checkpoint {folder} is not usable ({problems[0]}); trying the one before it.",
+                file=sys.stderr,
+            )
     return None
 
 
-def restore_state(folder: Path, state: dict[str, Any], weights: TrainedWeights) -> Position:
-    """Load a checkpoint into ``weights`` and the random-number generators."""
-    tensors = load_file(folder / "weights.safetensors")
-    if set(tensors) != set(weights.masters):
-        odd = sorted(set(tensors) ^ set(weights.masters))[:3]
+def restore_state(folder: Path, state: dict[str, Any], engine: Engine, expected: set[str]) -> Position:
+    """Load a checkpoint into ``engine``. ``expected``: names of the parameters this stage trains."""
+    reader = FragmentReader([folder / name for name in state["files"]])
+    if reader.parameters != expected:
+        odd = sorted(reader.parameters ^ expected)[:3]
         raise CheckpointError(f"{folder}: holds other trainable weights than this configuration, for example {odd}.")
-    optimizer_state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    weights.restore(tensors, optimizer_state)
-    _set_random_states(torch.load(folder / "random.pt", weights_only=True, map_location="cpu"))
-    return Position(**state["position"])
+    position = Position(**state["position"])
+    engine.restore(reader, position.updates)
+    return position
 
 
 def identity_difference(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -100,7 +150,7 @@ def identity_difference(held: dict[str, Any], wanted: dict[str, Any]) -> list[st
 
 def check_identity(held: dict[str, Any], wanted: dict[str, Any], *, where: Path, allow_drift: bool) -> None:
     """CheckpointError when the configuration changed since ``where`` was written (a warning with ``allow_drift``)."""
-    lines = identity_difference(held, json.loads(json.dumps(wanted)))
+    lines = identity_difference(held, plain(wanted))
     if not lines:
         return
     shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
@@ -124,49 +174,22 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def _by_step(root: Path) -> list[Path]:
+def by_step(root: Path) -> list[Path]:
+    """Folders of complete checkpoints, the newest first."""
     found = [p for p in root.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
 
 
-def _problem(folder: Path) -> str | None:
+def _problem(folder: Path, ranks: Ranks) -> str | None:
+    """What is wrong with this rank's share of the files."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name in FILES:
-            if file_sha256(folder / name) != state["files"][name]:
+        if state.get("format") != FORMAT:
+            return f"it has format {state.get('format')}, this vlit reads format {FORMAT}"
+        for name, digest in list(state["files"].items())[ranks.rank :: ranks.world_size]:
+            if "/" in name or file_sha256(folder / name) != digest:
                 return f"{name} does not match its checksum"
         Position(**state["position"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _random_states() -> dict[str, Any]:
-    version, keys, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    states: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(keys), gauss],
-        "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *map(float, numpy_state[2:])],
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +12,26 @@ import torch
 import yaml
 
 from vlit import __version__
-from vlit.config.schema import PartTuning, RunConfig
+from vlit.config.schema import RunConfig
 from vlit.data.check import check_supervision
 from vlit.data.tokenize import SampleTokenizer
+from vlit.durable import describe_os_error, plain, recover_folder, replace_file
 from vlit.errors import CheckpointError, TrainingError
-from vlit.models.artifact import check_same_parts, load_model, model_config, read_manifest, save_model
-from vlit.models.assemble import VisionLanguageModel, build_model, model_spec
+from vlit.models.artifact import read_manifest, save_model
+from vlit.models.assemble import model_spec
 from vlit.models.flops import matmul_peak
-from vlit.models.interop import initialise
-from vlit.models.tuning import apply_tuning, has_lora, merge_lora, rows_as_dicts, table_of_parts
+from vlit.models.tuning import rows_as_dicts
 from vlit.train.checkpoint import Position, check_identity
-from vlit.train.distributed import Ranks, compute_dtype, start_ranks
+from vlit.train.distributed import Ranks, compute_dtype, effective_strategy, start_ranks
+from vlit.train.engine import Engine
+from vlit.train.identity import open_mixture, stage_identity
+from vlit.train.lock import OutputLock
 from vlit.train.metrics import format_seconds
+from vlit.train.preflight import preflight
+from vlit.train.prepare import Tuned, make_engine, model_of_stage
 from vlit.train.sharing import share_at_most
-from vlit.train.stage import StageRun, open_mixture, stage_identity, train_stage
-
-
-@dataclasses.dataclass(slots=True)
-class Tuned:
-    """A model and what has been done to it since its base weights were loaded."""
-
-    model: VisionLanguageModel
-    changed: set[str]
-    lora: dict[str, PartTuning]
+from vlit.train.stage import WITHOUT_LIMIT, StageRun, Tools, train_stage
+from vlit.train.watchdog import Watchdog
 
 
 def run_training(run: RunConfig, *, only: str | None = None) -> Path:
@@ -48,16 +42,33 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
     """
     ranks = start_ranks(run.runtime)
     out = Path(run.output_dir)
-    _claim(out, run, ranks)
+    if only is not None and only not in run.stages:
+        raise TrainingError(f"--stage {only}: this configuration has no such stage. Known: {', '.join(run.stages)}.")
+    _refuse_used(out, run, ranks)
+    with OutputLock(out, ranks), Watchdog(ranks, run.runtime.hang_timeout_s, output_dir=out) as watchdog:
+        watchdog.phase("start", allow_s=WITHOUT_LIMIT)
+        return _run_stages(run, ranks, watchdog, only)
+
+
+def _run_stages(run: RunConfig, ranks: Ranks, watchdog: Watchdog, only: str | None) -> Path:
+    out = Path(run.output_dir)
+    ranks.on_main(
+        lambda: replace_file(out / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+    )
     dtype = compute_dtype(run.runtime, ranks.device)
-    stages = list(run.stages)
-    if only is not None and only not in stages:
-        raise TrainingError(f"--stage {only}: this configuration has no such stage. Known: {', '.join(stages)}.")
+    strategy = effective_strategy(run.runtime, ranks.world_size)
+    if strategy != run.runtime.strategy and run.runtime.strategy.startswith("zero"):
+        _say(
+            ranks,
+            f"runtime.strategy {run.runtime.strategy}: one process has nobody to share with, so it runs without ZeRO",
+        )
     spec = model_spec(run.model)  # a missing or misfit part ends the run here, before data is read
-    peak, trackers = 0.0, _start_trackers(run, out, ranks)
+    tools = Tools(ranks, watchdog, _start_trackers(run, out, ranks), 0.0)
     identity: Any = None
     folder: Path | None = None
-    for name in stages:
+    checked = False
+    for name in run.stages:
+        watchdog.phase("open data", step=0, allow_s=WITHOUT_LIMIT)
         mixture = open_mixture(run, name, progress=ranks.is_main)
         identity = stage_identity(run, name, mixture, dtype, _digest(identity))
         previous, folder = folder, out / name
@@ -77,79 +88,48 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
         tokenizer = SampleTokenizer(spec, data)
         total = mixture.total_steps(config.epochs, global_batch=config.global_batch, max_steps=config.max_steps)
         _write_plan(out, name, mixture, tokenizer, run, total, ranks)
-        tuned = _load(run, previous / "model" if previous else None, dtype, ranks)
-        _prepare_parts(tuned, name, run)
-        _print_parts(tuned, name, run, out, ranks)
-        peak = peak or matmul_peak(ranks.device, dtype)
-        stage = StageRun(name, config, folder, mixture, tokenizer, total, identity)
-        position = train_stage(stage, tuned.model, run, ranks, trackers, peak)
-        if ranks.is_main:
-            _finish(tuned, stage, position, run)
-        ranks.barrier()
+        if run.runtime.preflight and not checked:
+            watchdog.phase("preflight", collective=True, allow_s=WITHOUT_LIMIT)
+            preflight(run, ranks, identities={source.name: source.content_hash for source in mixture.sources})
+            checked = True
+        watchdog.phase("load weights", allow_s=WITHOUT_LIMIT)
+        tuned = model_of_stage(run, name, previous / "model" if previous else None, dtype, strategy, ranks)
+        _print_parts(tuned, name, out, ranks)
+        tools.peak = tools.peak or matmul_peak(ranks.device, dtype)
+        engine = make_engine(tuned, run, name, dtype, strategy, ranks)
+        stage = StageRun(name, config, folder, mixture, tokenizer, total, identity, strategy)
+        position = train_stage(stage, engine, tuned.flops, run, tools)
+        watchdog.phase("write model", allow_s=WITHOUT_LIMIT)
+        weights = engine.whole_weights()
+        _finish(tuned, engine, weights, stage, position, run, ranks)
+        engine.close()
+        del engine, tuned, weights
         if name == only:
             break
-    for tracker in trackers:
+    for tracker in tools.trackers:
         tracker.finish()
     assert folder is not None
     return folder / "model"
 
 
-def _claim(out: Path, run: RunConfig, ranks: Ranks) -> None:
-    """Take the output folder: refuse a used one under ``resume: never``, save the resolved configuration."""
-    if run.resume == "never" and out.is_dir() and any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty and resume is never. Use another output_dir or resume: auto.")
-    if ranks.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        aside = out / ".config.yaml.writing"
-        aside.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        os.replace(aside, out / "config.yaml")
+def _refuse_used(out: Path, run: RunConfig, ranks: Ranks) -> None:
+    """Refuse a used output folder under ``resume: never`` (one that only holds a lock or a doctor's report is not used)."""
+    used = (
+        run.resume == "never" and out.is_dir() and any((out / name).exists() for name in ("config.yaml", *run.stages))
+    )
+    if ranks.max([int(used)])[0]:
+        raise CheckpointError(f"{out} holds a run and resume is never. Use another output_dir or resume: auto.")
 
 
-def _load(run: RunConfig, previous: Path | None, dtype: torch.dtype, ranks: Ranks) -> Tuned:
-    """The predecessor's model, or the base parts (optionally initialised from other weights)."""
-    started = time.perf_counter()
-    if previous is not None:
-        model, manifest = load_model(previous, dtype=dtype, seed=run.seed)
-        lora = {part: PartTuning.model_validate(raw) for part, raw in manifest["lora"].items()}
-        tuned = Tuned(model, set(manifest["changed"]), lora)
-    elif run.model.init_from is not None and (Path(run.model.init_from) / "manifest.json").is_file():
-        source = Path(run.model.init_from)
-        check_same_parts(run.model, model_config(source, read_manifest(source)), source=source)
-        model, manifest = load_model(source, dtype=dtype, seed=run.seed)
-        lora = {part: PartTuning.model_validate(raw) for part, raw in manifest["lora"].items()}
-        tuned = Tuned(model, set(manifest["changed"]), lora)
-    else:
-        model = build_model(run.model, dtype=dtype, seed=run.seed)
-        tuned = Tuned(model, set(), {})
-        if run.model.init_from is not None:
-            tuned.changed |= initialise(model, run.model.init_from)
-    tuned.model.to(ranks.device)
-    _say(ranks, f"model loaded in {time.perf_counter() - started:.1f}s")
-    return tuned
-
-
-def _prepare_parts(tuned: Tuned, name: str, run: RunConfig) -> None:
-    """Apply the stage's tuning and note what it will change. Adapters are merged when their part is now trained whole."""
-    tuning = run.stages[name].tuning
-    for part in list(tuned.lora):
-        wanted = tuning.of(part)
-        if wanted.mode == "full" or (wanted.mode == "lora" and wanted != tuned.lora[part]):
-            merge_lora(tuned.model)
-            tuned.changed |= set(tuned.lora)
-            tuned.lora = {}
-            break
-    apply_tuning(tuned.model, tuning, seed=run.seed)
-    for part in ("vision", "connector", "fusion", "llm", "embeddings"):
-        mode = tuning.of(part).mode
-        if mode == "full":
-            tuned.changed.add(part)
-        elif mode == "lora":
-            tuned.lora[part] = tuning.of(part)
-    for part, module in {"vision": tuned.model.encoder, "llm": tuned.model.llm.hf}.items():
-        assert (part in tuned.lora) == has_lora(module)
-
-
-def _finish(tuned: Tuned, stage: StageRun, position: Position, run: RunConfig) -> None:
+def _finish(
+    tuned: Tuned,
+    engine: Engine,
+    weights: dict[str, torch.Tensor],
+    stage: StageRun,
+    position: Position,
+    run: RunConfig,
+    ranks: Ranks,
+) -> None:
     """Write the model folder, then the mark that the stage is done (in this order, so a mark implies a model)."""
     data = run.data_for(stage.name).model_dump(mode="json")
     info = {
@@ -162,19 +142,30 @@ def _finish(tuned: Tuned, stage: StageRun, position: Position, run: RunConfig) -
         "torch": torch.__version__,
     }
     rules = {key: data[key] for key in ("template", "image_policy", "exact_pixels", "max_tokens")}
-    save_model(
-        tuned.model,
-        stage.folder / "model",
-        changed=tuned.changed,
-        lora=tuned.lora,
-        data_rules=rules,
-        tokenizer=stage.tokenizer.tokenizer,
-        info=info,
-    )
-    done = {"identity": stage.identity, "steps": position.step, "seconds": position.seconds, **info}
-    aside = stage.folder / ".done.json.writing"
-    aside.write_text(json.dumps(done, indent=2), encoding="utf-8")
-    os.replace(aside, stage.folder / "done.json")
+    done = {"identity": plain(stage.identity), "steps": position.step, "seconds": position.seconds, **info}
+
+    def write() -> None:
+        try:
+            recover_folder(stage.folder / "model")
+            save_model(
+                engine.model,
+                stage.folder / "model",
+                weights=weights,
+                unchanged=tuned.unchanged,
+                changed=tuned.changed,
+                lora=tuned.lora,
+                data_rules=rules,
+                tokenizer=stage.tokenizer.tokenizer,
+                info=info,
+            )
+            replace_file(stage.folder / "done.json", json.dumps(done, indent=2))
+        except OSError as error:
+            raise CheckpointError(
+                f"the model of stage {stage.name} was not written: {describe_os_error(error, stage.folder)}. Its checkpoints "
+                "are intact: free some space (or fix the folder) and run the same command again."
+            ) from error
+
+    ranks.on_main(write)
 
 
 def _write_plan(
@@ -217,18 +208,17 @@ def _write_plan(
         )
 
 
-def _print_parts(tuned: Tuned, name: str, run: RunConfig, out: Path, ranks: Ranks) -> None:
+def _print_parts(tuned: Tuned, name: str, out: Path, ranks: Ranks) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = table_of_parts(tuned.model, run.stages[name].tuning, run.stages[name].lr)
     if not ranks.is_main:
         return
-    _merge_json(out / "parts.json", name, rows_as_dicts(rows))
+    _merge_json(out / "parts.json", name, rows_as_dicts(tuned.rows))
     table = Table(title=f"stage {name}", title_justify="left")
     for column in ("part", "module", "mode", "parameters", "trained", "peak lr", "dtype"):
         table.add_column(column, justify="right" if column in ("parameters", "trained", "peak lr") else "left")
-    for row in rows:
+    for row in tuned.rows:
         lr = f"{row.lr:.1e}" if row.lr else "-"
         table.add_row(row.part, row.module, row.mode, f"{row.parameters:,}", f"{row.trainable:,}", lr, row.dtype)
     Console(stderr=True, width=None if sys.stderr.isatty() else 110).print(table)
@@ -237,9 +227,7 @@ def _print_parts(tuned: Tuned, name: str, run: RunConfig, out: Path, ranks: Rank
 def _merge_json(path: Path, key: str, value: Any) -> None:
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     held[key] = value
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(held, indent=2), encoding="utf-8")
-    os.replace(aside, path)
+    replace_file(path, json.dumps(held, indent=2))
 
 
 def _start_trackers(run: RunConfig, out: Path, ranks: Ranks) -> list[Any]:

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-
 from vlit.config.schema import RunConfig, StageConfig
+from vlit.data.doctor.manifest import manifest_of, use_of
 from vlit.data.load import StepLoader
 from vlit.data.mixture import Mixture
 from vlit.data.source import RecordSource, open_source
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import TrainingError
-from vlit.models.assemble import VisionLanguageModel
 from vlit.models.flops import UsefulFlops
-from vlit.train.checkpoint import Position, check_identity, newest_state, restore_state, save_state
-from vlit.train.distributed import Ranks
+from vlit.train.checkpoint import Position, check_identity, clear_leftovers, newest_state, restore_state
+from vlit.train.distributed import Ranks, seed_step
+from vlit.train.engine import Engine
 from vlit.train.metrics import MetricsFile, Progress, log_line, memory_used
-from vlit.train.optimizer import TrainedWeights, learning_rate_factor
-from vlit.train.sharing import share_at_most
+from vlit.train.optimizer import learning_rate_factor
+from vlit.train.saving import FAILED, WRITING, StateSaver
+from vlit.train.signals import Interrupted, stop_requests
 from vlit.train.step import StepResult, train_step
 from vlit.train.validate import Validator
+from vlit.train.watchdog import Watchdog
 from vlit.types import StepBatch
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved. ``exit_code`` follows the shell's convention (128 + signal)."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again to continue")
-        self.exit_code = 128 + signum
 
 
 @dataclass(slots=True)
 class StageRun:
-    """Everything the loop of one stage works with; built by :func:`prepare`."""
+    """Everything the loop of one stage works with."""
 
     name: str
     config: StageConfig
@@ -52,69 +41,41 @@ class StageRun:
     tokenizer: SampleTokenizer
     total_steps: int
     identity: dict[str, Any]
+    strategy: str
 
 
-def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture[RecordSource]:
-    """The stage's datasets, opened, validated and mixed."""
-    data, folder = run.data_for(stage), Path(run.output_dir) / stage
-    sources = [
-        open_source(source, data=data, seed=run.seed, quarantine_path=folder / "quarantine.jsonl", progress=progress)
-        for source in run.stages[stage].data
-    ]
-    return Mixture(sources, seed=run.seed, share_at_most=share_at_most(run, stage)[0])
+@dataclass(slots=True)
+class Tools:
+    """What a run brings to each of its stages."""
+
+    ranks: Ranks
+    watchdog: Watchdog
+    trackers: list[Any]
+    peak: float  # matmul FLOP/s of one rank
 
 
-def stage_identity(
-    run: RunConfig, stage: str, mixture: Mixture[RecordSource], dtype: torch.dtype, previous: Any
-) -> dict[str, Any]:
-    """All that decides what the stage's result is: a checkpoint or finished stage of another identity is refused."""
-    config = run.stages[stage].model_dump(mode="json")
-    for free in ("validation", "checkpoint", "max_non_finite_steps"):
-        config.pop(free)
-    config["data"] = [{k: s[k] for k in ("weight", "max_records", "format")} for s in config["data"]]
-    data = run.data_for(stage).model_dump(mode="json")
-    return {
-        "model": run.model.model_dump(mode="json"),
-        "share_at_most": mixture.share_at_most,
-        "data": {k: data[k] for k in ("template", "image_policy", "exact_pixels", "max_tokens", "on_bad_sample")},
-        "stage": config,
-        "seed": run.seed,
-        "precision": str(dtype).removeprefix("torch."),
-        "sources": {source.name: source.content_hash for source in mixture.sources},
-        "previous": previous,
-    }
-
-
-def train_stage(
-    stage: StageRun, model: VisionLanguageModel, run: RunConfig, ranks: Ranks, trackers: list[Any], peak: float
-) -> Position:
-    """Run the stage's remaining steps and leave the trained weights in ``model``.
+def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunConfig, tools: Tools) -> Position:
+    """Run the stage's remaining steps and leave the trained weights in the engine.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; a checkpoint was written first.
         TrainingError: too many non-finite steps.
+        CheckpointError: too many failed saves, or a checkpoint of another configuration.
     """
-    config, data = stage.config, run.data_for(stage.name)
-    torch.manual_seed(run.seed)
-    weights = TrainedWeights(model, tuning=config.tuning, lr=config.lr, config=config.optimizer)
-    position = _resume(stage, weights, run, ranks)
+    config, data, ranks, watchdog = stage.config, run.data_for(stage.name), tools.ranks, tools.watchdog
+    model, out = engine.model, Path(run.output_dir)
+    watchdog.phase("resume", step=0, allow_s=WITHOUT_LIMIT)
+    position = _resume(stage, engine, run, ranks)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     model.attention_backend, model.z_loss = run.runtime.attention, config.z_loss
     if run.runtime.compile:
         model.compile_blocks()
     model.train()
-    validator = None
-    if config.validation.data and ranks.is_main:
-        held_out = Mixture([_open_validation(run, s) for s in config.validation.data], seed=run.seed)
-        validator = Validator(
-            held_out, stage.tokenizer, data, config.validation, micro_batch_tokens=config.micro_batch_tokens
-        )
-    metrics = MetricsFile(Path(run.output_dir) / "metrics.jsonl")
-    validations = MetricsFile(Path(run.output_dir) / "validation.jsonl")
+    validator = _validator(stage, run, ranks)
+    metrics, validations = MetricsFile(out / "metrics.jsonl"), MetricsFile(out / "validation.jsonl")
     if ranks.is_main:
         metrics.keep_until(stage.name, position.step)
         validations.keep_until(stage.name, position.step)
-    flops = UsefulFlops(model)
     sources = [source.name for source in stage.mixture.sources]
     progress = Progress(stage.name, done=position.step, total=stage.total_steps)
     loader = StepLoader(
@@ -129,21 +90,24 @@ def train_stage(
         total_steps=stage.total_steps,
         quarantine_path=stage.folder / "quarantine.jsonl",
     )
-    started, saved_at, state_root = time.perf_counter(), time.monotonic(), stage.folder / "state"
-    with _stop_requests() as stop:
+    saver = StateSaver(stage.folder / "state", stage.identity, config.checkpoint, ranks, stage.strategy)
+    started = saved_at = time.monotonic()
+    with saver, stop_requests() as stop:
         clock = time.perf_counter()
+        watchdog.phase("data", step=position.step + 1, allow_s=FIRST_STEP_S)
         for batch in loader:
             waited = time.perf_counter() - clock
             factor = learning_rate_factor(batch.step, stage.total_steps, config.schedule)
+            seed_step(run.seed, stage.name, batch.step, ranks.rank)
             result = train_step(
-                model,
-                weights,
+                engine,
                 batch,
                 ranks=ranks,
                 lr_factor=factor,
                 clip=config.clip_grad_norm,
                 flops=flops,
                 sources=sources,
+                phase=watchdog.phase,
             )
             seconds = time.perf_counter() - clock
             position = replace(
@@ -155,78 +119,117 @@ def train_stage(
                 non_finite_steps=position.non_finite_steps + (not result.finite),
             )
             last = position.step == stage.total_steps
+            memory = memory_used(ranks.device)
             if ranks.is_main:
-                row = _row(stage, result, weights, factor, position, seconds, waited, peak, ranks.world_size, batch)
+                row = _row(stage, result, engine, factor, position, seconds, waited, tools, batch, memory[0])
                 metrics.append(row)
-                for tracker in trackers:
+                for tracker in tools.trackers:
                     tracker.log(row)
                 progress.advance(result.loss)
                 if progress.due(last_step=last):
                     done = position.step - (stage.total_steps - len(loader))
-                    eta = (time.perf_counter() - started) / max(done, 1) * (stage.total_steps - position.step)
-                    memory = memory_used(ranks.device)
+                    eta = (time.monotonic() - started) / max(done, 1) * (stage.total_steps - position.step)
                     progress.write(log_line(row, total_steps=stage.total_steps, eta_seconds=eta, memory=memory))
             if not result.finite:
-                _report_non_finite(stage, batch, result, position)
+                _report_non_finite(stage, batch, result, position, ranks)
             if validator and (last or position.step % config.validation.every_steps == 0):
-                held = validator.run(model)
-                validations.append({"stage": stage.name, "step": position.step, **held})
-                progress.write(
-                    f"{stage.name:<9} {position.step:>5}/{stage.total_steps}  validation loss {held['loss']:.3f}"
-                )
-                for tracker in trackers:
-                    tracker.log({"stage": stage.name, "step": position.step, "validation_loss": held["loss"]})
-            stop_now = _agreed(stop, ranks)
+                watchdog.phase("validation", collective=engine.lockstep, allow_s=WITHOUT_LIMIT)
+                held = validator.run(engine)
+                if ranks.is_main:
+                    validations.append({"stage": stage.name, "step": position.step, **held})
+                    progress.write(
+                        f"{stage.name:<9} {position.step:>5}/{stage.total_steps}  validation loss {held['loss']:.3f}"
+                    )
+                    for tracker in tools.trackers:
+                        tracker.log({"stage": stage.name, "step": position.step, "validation_loss": held["loss"]})
+            watchdog.phase("agree", collective=True)
             minutes = (time.monotonic() - saved_at) / 60
             timed = config.checkpoint.every_minutes is not None and minutes >= config.checkpoint.every_minutes
-            if not last and (stop_now or timed or position.step % config.checkpoint.every_steps == 0):
-                if ranks.is_main:
-                    save_state(state_root, weights, position, stage.identity, keep=config.checkpoint.keep)
-                ranks.barrier()
+            status = saver.status()
+            signum, timed_anywhere, writing, failed = ranks.max(
+                [stop[0] if stop else 0, int(timed), int(status == WRITING), int(status == FAILED)]
+            )
+            saver.settle(writing=bool(writing), failed=bool(failed))
+            if not last and (signum or timed_anywhere or position.step % config.checkpoint.every_steps == 0):
+                watchdog.phase("save", allow_s=WITHOUT_LIMIT)
+                saver.begin(engine, position)
                 saved_at = time.monotonic()
-            if stop_now and not last:
+            if signum and not last:
+                saver.finish()
                 progress.close()
-                raise Interrupted(stop_now)
+                raise Interrupted(signum)
             clock = time.perf_counter()
+            watchdog.phase("data", step=position.step + 1)
+    watchdog.phase("save", allow_s=WITHOUT_LIMIT)
+    saver.finish()
     progress.close()
-    weights.copy_to_model()
-    return position
+    return replace(position, updates=engine.updates)
 
 
-def _open_validation(run: RunConfig, source: Any) -> Any:
-    return open_source(source, data=run.data, seed=run.seed, quarantine_path=None, progress=False)
+WITHOUT_LIMIT = float("inf")
+"""For phases whose length depends on disks and models; the other ranks wait as long."""
+FIRST_STEP_S = 3600.0
+"""The first batch starts the data workers and, with ``runtime.compile``, the first step compiles."""
 
 
-def _resume(stage: StageRun, weights: TrainedWeights, run: RunConfig, ranks: Ranks) -> Position:
-    found = newest_state(stage.folder / "state")
+def _validator(stage: StageRun, run: RunConfig, ranks: Ranks) -> Validator | None:
+    config = stage.config.validation
+    if not config.data:
+        return None
+    manifest, use = manifest_of(run), use_of(stage.name, validation=True)
+    held_out = [
+        open_source(source, data=run.data, seed=run.seed, progress=False, manifest=manifest, stage=use)
+        for source in config.data
+    ]
+    return Validator(
+        Mixture(held_out, seed=run.seed),
+        stage.tokenizer,
+        run.data_for(stage.name),
+        config,
+        micro_batch_tokens=stage.config.micro_batch_tokens,
+        ranks=ranks,
+    )
+
+
+def _resume(stage: StageRun, engine: Engine, run: RunConfig, ranks: Ranks) -> Position:
+    root = stage.folder / "state"
+    if ranks.is_main:
+        clear_leftovers(root)
+    ranks.barrier()
+    found = newest_state(root, ranks)
     if found is None:
         return Position(step=0)
     folder, state = found
     check_identity(state["identity"], stage.identity, where=folder, allow_drift=run.allow_config_drift)
-    position = restore_state(folder, state, weights)
+    trained = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
+    position = restore_state(folder, state, engine, trained)
     if ranks.is_main:
-        print(f"{stage.name}: resuming after step {position.step}/{stage.total_steps} from {folder}", file=sys.stderr)
+        before = f", written by {state['world_size']} ranks" if state["world_size"] != ranks.world_size else ""
+        print(
+            f"{stage.name}: resuming after step {position.step}/{stage.total_steps} from {folder}{before}",
+            file=sys.stderr,
+        )
     return position
 
 
 def _row(
     stage: StageRun,
     result: StepResult,
-    weights: TrainedWeights,
+    engine: Engine,
     factor: float,
     position: Position,
     seconds: float,
     waited: float,
-    peak: float,
-    world_size: int,
+    tools: Tools,
     batch: StepBatch,
+    memory: float,
 ) -> dict[str, Any]:
     capacity = max(1, len(batch.micro_batches)) * stage.config.micro_batch_tokens
     return {
         "stage": stage.name,
         "step": position.step,
         "loss": result.loss,
-        "lr": {part: peak_lr * factor for part, peak_lr in sorted(weights.peak_lr.items())},
+        "lr": {part: peak_lr * factor for part, peak_lr in sorted(engine.peak_lr.items())},
         "grad_norm": result.grad_norms["total"],
         "grad_norms": result.grad_norms,
         "loss_by_source": result.loss_by_source,
@@ -238,7 +241,8 @@ def _row(
         "seconds": seconds,
         "data_wait_share": waited / max(seconds, 1e-9),
         "tokens_per_second": result.tokens / max(seconds, 1e-9),
-        "peak_fraction": result.flops / max(seconds, 1e-9) / (peak * world_size),
+        "peak_fraction": result.flops / max(seconds, 1e-9) / (tools.peak * tools.ranks.world_size),
+        "memory_gib": memory,
         "fill": sum(row.num_tokens for row in batch.micro_batches) / capacity,
         "dropped_turns": batch.dropped_turns,
         "cut_tokens": batch.cut_tokens,
@@ -246,8 +250,10 @@ def _row(
     }
 
 
-def _report_non_finite(stage: StageRun, batch: StepBatch, result: StepResult, position: Position) -> None:
+def _report_non_finite(stage: StageRun, batch: StepBatch, result: StepResult, position: Position, ranks: Ranks) -> None:
+    """Every rank adds the records it had; all of them raise alike, since loss and norms are those of all ranks."""
     record = {
+        "rank": ranks.rank,
         "stage": stage.name,
         "step": position.step,
         "loss": repr(result.loss),
@@ -259,38 +265,11 @@ def _report_non_finite(stage: StageRun, batch: StepBatch, result: StepResult, po
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     limit = stage.config.max_non_finite_steps
-    print(f"warning: step {position.step} is not finite and was not applied; see {path}", file=sys.stderr)
+    if ranks.is_main:
+        print(f"warning: step {position.step} is not finite and was not applied; see {path}", file=sys.stderr)
     if position.non_finite_steps > limit:
         raise TrainingError(
             f"stage {stage.name}: {position.non_finite_steps} steps had a non-finite loss or gradient, "
             f"max_non_finite_steps is {limit}. {path} names their records and gradient norms by part; lower the "
             "learning rate of the part whose norm exploded, or remove the records."
         )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Signals that arrived; a second SIGINT interrupts at once. Handlers are put back at the end."""
-    received: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signum)
-        print(f"\n{signal.Signals(signum).name}: finishing this step, then saving", file=sys.stderr)
-
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    held = {signum: signal.signal(signum, note) for signum in watched}
-    try:
-        yield received
-    finally:
-        for signum, handler in held.items():
-            signal.signal(signum, handler)
-
-
-def _agreed(stop: list[int], ranks: Ranks) -> int:
-    """The signal any rank received, or 0."""
-    flag = torch.tensor([stop[0] if stop else 0], device=ranks.device)
-    if ranks.world_size > 1:
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return int(flag)

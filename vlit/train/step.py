@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlit.models.assemble import VisionLanguageModel
+from vlit.data.collate import placeholder_row
 from vlit.models.flops import UsefulFlops
 from vlit.train.distributed import Ranks
-from vlit.train.optimizer import TrainedWeights
+from vlit.train.engine import Engine
 from vlit.types import PackedBatch, StepBatch
 
 
@@ -32,8 +33,7 @@ class StepResult:
 
 
 def train_step(
-    model: VisionLanguageModel,
-    weights: TrainedWeights,
+    engine: Engine,
     batch: StepBatch,
     *,
     ranks: Ranks,
@@ -41,10 +41,12 @@ def train_step(
     clip: float | None,
     flops: UsefulFlops,
     sources: list[str],
+    phase: Callable[..., None] = lambda name, **how: None,
 ) -> StepResult:
-    """Forward and backward over the step's micro-batches, then one update unless something is not finite.
+    """Forward and backward over the step's rows, then one update unless something is not finite.
 
-    The host waits for the device once, when all gradients are there.
+    All ranks have the same number of rows; those without a token are computed only where ranks must run in lockstep. The
+    host waits for the device once, when all gradients are there. ``phase`` is told what begins (for the hang watchdog).
     """
     rows = [row for row in batch.micro_batches if row.num_tokens]
     counts = torch.tensor(
@@ -58,24 +60,32 @@ def train_step(
         ],
         dtype=torch.float64,
     )
+    phase("count", step=batch.step + 1, collective=True)
     counts = ranks.sum(counts.to(ranks.device, non_blocking=True))
     labels = counts[0].clamp(min=1)
     by_source = torch.zeros(len(sources), 2, dtype=torch.float64, device=ranks.device)
-    for row, source_of_target in on_device(rows, ranks.device, sources):
-        loss = model(row)
-        (loss.total / labels).backward()
-        weights.accumulate()
+    if engine.lockstep:
+        rows = [row if row.num_tokens else placeholder_row(row) for row in batch.micro_batches]
+    for number, (row, source_of_target) in enumerate(on_device(rows, ranks.device, sources)):
+        phase("forward", collective=engine.lockstep)
+        loss = engine.loss(row)
+        phase("backward", collective=engine.lockstep)
+        engine.backward(loss.total / labels, last=number == len(rows) - 1)
         by_source.index_add_(0, source_of_target, _with_count(loss.per_position))
-    ranks.sum_all(list(weights.gradients().values()))
-    norms = weights.norms()
+    phase("reduce", collective=True)
+    if batch.micro_batches:
+        norms = engine.norms()
+    else:  # on all ranks alike: every record of the step was left out
+        norms = {part: torch.zeros((), device=ranks.device) for part in (*engine.peak_lr, "total")}
     by_source = ranks.sum(by_source)
     label_tokens, tokens, images, samples, sample_tokens, useful = counts.tolist()
     mean_loss = float(by_source[:, 0].sum()) / max(label_tokens, 1.0)
-    finite = bool(torch.isfinite(norms["total"])) and mean_loss == mean_loss and abs(mean_loss) != float("inf")
+    finite = bool(torch.isfinite(norms["total"])) and math.isfinite(mean_loss)
+    phase("update", collective=engine.lockstep)
     if finite and label_tokens > 0:
-        weights.step(lr_factor, clip, norms["total"])
+        engine.step(lr_factor, clip, norms["total"])
     else:
-        weights.zero_grad()
+        engine.discard()
     return StepResult(
         loss=mean_loss,
         finite=finite,
@@ -101,7 +111,7 @@ def on_device(
     """
 
     def ready(row: PackedBatch) -> tuple[PackedBatch, Tensor]:
-        numbers = torch.tensor([sources.index(source) for source in row.sources])
+        numbers = torch.tensor([sources.index(source) for source in row.sources], dtype=torch.long)
         source_of_target = numbers[row.sample_of_target]
         if device.type == "cuda":
             source_of_target = source_of_target.pin_memory()

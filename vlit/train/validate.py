@@ -9,7 +9,7 @@ import torch
 
 from vlit.answer import Answerer, Request
 from vlit.config.schema import DataConfig, ValidationConfig
-from vlit.data.collate import collate_samples
+from vlit.data.collate import collate_samples, placeholder_row
 from vlit.data.images import load_view
 from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
@@ -17,11 +17,13 @@ from vlit.data.source import RecordSource
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError
 from vlit.models.assemble import VisionLanguageModel
+from vlit.train.distributed import Ranks
+from vlit.train.engine import Engine
 from vlit.types import PackedBatch, Sample
 
 
 class Validator:
-    """Holds the same records for a whole stage; tokenises and packs them once."""
+    """Holds the same records for a whole stage, this rank its share of them; tokenises and packs them once."""
 
     def __init__(
         self,
@@ -31,8 +33,9 @@ class Validator:
         config: ValidationConfig,
         *,
         micro_batch_tokens: int,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.data = config, data
+        self.config, self.data, self.ranks = config, data, ranks
         sources = mixture.sources
         picked: list[tuple[Sample, RecordSource]] = []
         for k in range(min(config.max_records, sum(len(s) for s in sources))):
@@ -47,9 +50,9 @@ class Validator:
                 raise DataError(
                     f'validation data {source.name} (id "{sample.id}"): {error} Fix or remove it.'
                 ) from error
-        (rows,) = pack([len(t) for t in tokenised], micro_batch_tokens, world_size=1)
+        plan = pack([len(t) for t in tokenised], micro_batch_tokens, world_size=ranks.world_size)
         self.batches: list[PackedBatch] = []
-        for members in rows:
+        for members in plan[ranks.rank]:
             views = [
                 load_view(
                     picked[i][1].image_path(name),
@@ -65,18 +68,24 @@ class Validator:
             )
         self.shown = [(sample, source) for sample, source in picked if sample.images][: config.sample_generations]
 
-    def run(self, model: VisionLanguageModel) -> dict[str, Any]:
-        """Mean loss per label token over the held-out records, and the sample answers."""
+    def run(self, engine: Engine) -> dict[str, Any]:
+        """Mean loss per label token over the held-out records of all ranks, and (on rank 0) the sample answers."""
+        model = engine.model
         was_training = model.training
         model.eval()
-        total, labels = 0.0, 0
+        summed = torch.zeros(2, dtype=torch.float64, device=model.device)
         with torch.no_grad():
             for batch in self.batches:
-                total += float(model(batch.to(model.device)).per_position.sum())
-                labels += batch.num_label_tokens
-        samples = self._answers(model)
+                if not batch.num_tokens and not engine.lockstep:
+                    continue
+                row = batch if batch.num_tokens else placeholder_row(batch)
+                summed[0] += engine.loss(row.to(model.device)).per_position.sum()
+                summed[1] += batch.num_label_tokens
+        total, labels = self.ranks.sum(summed).tolist()
+        # ranks that share the weights must generate together; otherwise rank 0 is enough
+        samples = self._answers(model) if engine.lockstep or self.ranks.is_main else []
         model.train(was_training)
-        return {"loss": total / labels if labels else math.nan, "label_tokens": labels, "samples": samples}
+        return {"loss": total / labels if labels else math.nan, "label_tokens": int(labels), "samples": samples}
 
     def _answers(self, model: VisionLanguageModel) -> list[dict[str, Any]]:
         if not self.shown:

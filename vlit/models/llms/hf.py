@@ -15,10 +15,32 @@ from torch import Tensor, nn
 from vlit.errors import ModelError
 from vlit.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from vlit.models.attention import register
+from vlit.models.foreign import reads_model
 from vlit.models.hub import dropouts, read_config, set_recompute
 from vlit.models.interfaces import LanguageModel, LLMConfig
+from vlit.models.quantize import Mode, quantise_decoder
 from vlit.models.trusted import load_pretrained
 from vlit.registry import LLMS
+
+
+class HeadLoss(nn.Module):
+    """The output head's cross-entropy as a module without weights of its own.
+
+    The loss multiplies by the head's weight without calling the head. Sharded weights are gathered around the forward of a
+    module, so there must be one for this, and it gathers the head no longer than needed.
+    """
+
+    def __init__(self, llm: HFLanguageModel) -> None:
+        super().__init__()
+        self._llm = (llm,)  # in a tuple, so that the parent is not registered as a child
+
+    def forward(self, hidden_LD: Tensor, targets_L: Tensor, z_loss: float) -> CrossEntropy:
+        llm = self._llm[0]
+        head = llm.head
+        return linear_cross_entropy(
+            hidden_LD, head.weight, targets_L, bias_V=head.bias, softcap=llm.softcap, logit_scale=llm.logit_scale,
+            z_loss=z_loss,
+        )  # fmt: skip
 
 
 class HFLanguageModel(LanguageModel):
@@ -35,6 +57,7 @@ class HFLanguageModel(LanguageModel):
         scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
         scale = getattr(config, "logit_scale", None)  # Cohere multiplies by it
         self.logit_scale = float(scale) if scale is not None else (1.0 / scaling if scaling else 1.0)
+        self.head_loss = HeadLoss(self)
 
     @property
     def head(self) -> nn.Linear:
@@ -62,11 +85,7 @@ class HFLanguageModel(LanguageModel):
 
     def loss(self, hidden_LD: Tensor, targets_L: Tensor, *, z_loss: float = 0.0) -> CrossEntropy:
         """Cross-entropy at L positions, fp32."""
-        head = self.head
-        return linear_cross_entropy(
-            hidden_LD, head.weight, targets_L, bias_V=head.bias, softcap=self.softcap, logit_scale=self.logit_scale,
-            z_loss=z_loss,
-        )  # fmt: skip
+        return self.head_loss(hidden_LD, targets_L, z_loss)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., V]``, transformed as the model itself does."""
@@ -91,16 +110,25 @@ class HFLanguageModelConfig(LLMConfig):
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
     """Run model code shipped with the weights. Off unless you trust its author."""
+    quantize: Mode = "none"
+    """`8bit` or `4bit` keeps the decoder's linear layers quantised (bitsandbytes); they are frozen, adapters are trained."""
 
+    @reads_model("model.llm.path")
     def width(self) -> int:
         return int(self._config().hidden_size)
+
+    @reads_model("model.llm.path")
+    def vocab_size(self) -> int | None:
+        return int(self._config().vocab_size)
 
     def tokenizer_path(self) -> str:
         return self.tokenizer or self.path
 
+    @reads_model("model.llm.path")
     def dropouts(self) -> dict[str, float]:
         return dropouts(self._config())
 
+    @reads_model("model.llm.path")
     def build(self, *, dtype: torch.dtype) -> HFLanguageModel:  # type: ignore[override]
         """Load weights in ``dtype`` with packed attention.
 
@@ -129,6 +157,18 @@ class HFLanguageModelConfig(LLMConfig):
             raise ModelError(
                 f'model.llm.path "{self.path}": {len(missing)} weights are not in the checkpoint, for example '
                 f"{missing[0]}; they would be random. Use a complete causal-LM checkpoint."
+            )
+        hf.config.use_cache = False
+        quantise_decoder(hf, self.quantize, dtype=dtype)
+        return HFLanguageModel(hf)
+
+    @reads_model("model.llm.path")
+    def build_empty(self, *, dtype: torch.dtype) -> HFLanguageModel:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            hf: Any = AutoModelForCausalLM.from_config(
+                self._config(), dtype=dtype, attn_implementation=register(), trust_remote_code=self.trust_remote_code
             )
         hf.config.use_cache = False
         return HFLanguageModel(hf)
