@@ -308,6 +308,32 @@ class RunConfig(Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_quantised(self) -> RunConfig:
+        mode = getattr(self.model.llm, "quantize", "none")
+        if mode == "none":
+            return self
+        if self.runtime.strategy == "zero3":
+            raise ValueError(
+                f"runtime.strategy: zero3 cuts weights, which model.llm.quantize {mode} has packed. Use zero2 or ddp"
+            )
+        adapters: dict[str, PartTuning] = {}
+        for name, stage in self.stages.items():
+            for part in ("llm", "embeddings"):
+                if stage.tuning.of(part).mode == "full":
+                    raise ValueError(
+                        f"stages.{name}.tuning.{part}: full, but model.llm.quantize is {mode}, and quantised weights cannot be "
+                        "trained. Use llm: lora and embeddings: frozen, or quantize: none"
+                    )
+            if stage.tuning.llm.mode == "lora":
+                adapters[name] = stage.tuning.llm
+        if len({tuning.model_dump_json() for tuning in adapters.values()}) > 1:
+            raise ValueError(
+                f"stages {', '.join(adapters)}: other LoRA settings of llm in each would merge the adapters in between, which "
+                f"model.llm.quantize {mode} does not allow. Write the same settings, or quantize: none"
+            )
+        return self
+
     @field_validator("stages")
     @classmethod
     def _at_least_one(cls, stages: dict[str, StageConfig]) -> dict[str, StageConfig]:

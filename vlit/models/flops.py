@@ -45,11 +45,12 @@ def _synchronise(device: torch.device) -> None:
 
 def _linear_flops(module: nn.Module, *, input_gradient: float) -> float:
     """FLOPs a token through a module's linear layers: forward, gradient of the weights that are trained (under LoRA the
-    adapters only), and of the inputs of a share of the layers.
+    adapters only), and of the inputs of a share of the layers. A packed 4-bit weight counts as what it stands for.
     """
-    weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    every = sum(w.numel() for w in weights)
-    return 2.0 * (every * (1.0 + input_gradient) + sum(w.numel() for w in weights if w.requires_grad))
+    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    sizes = [m.in_features * m.out_features if isinstance(m, nn.Linear) else m.weight.numel() for m in layers]
+    trained = sum(size for size, m in zip(sizes, layers, strict=True) if m.weight.requires_grad)
+    return 2.0 * (sum(sizes) * (1.0 + input_gradient) + trained)
 
 
 def _attention_width(config: Any) -> int:

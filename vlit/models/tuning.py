@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlit.config.schema import PartTuning, TuningConfig
 from vlit.errors import ModelError
 from vlit.models.assemble import VisionLanguageModel
+from vlit.models.quantize import Original, is_quantised, original_of, sample_of
 from vlit.types import PARTS
 
 LORA_MARK = ".lora_"
@@ -64,6 +65,8 @@ def apply_tuning(model: VisionLanguageModel, tuning: TuningConfig, *, seed: int 
     Raises:
         ModelError: a mode that would train nothing, or LoRA targets that do not exist in the part.
     """
+    if is_quantised(model.llm):
+        refuse_full(tuning)
     modules = {"vision": model.encoder, "llm": model.llm.hf}
     for part, module in modules.items():
         if tuning.of(part).mode == "lora" and not has_lora(module):
@@ -81,6 +84,16 @@ def apply_tuning(model: VisionLanguageModel, tuning: TuningConfig, *, seed: int 
             raise ModelError(f"tuning.{part}: mode {tuning.of(part).mode}, but this part has no parameters to train.")
     if not sum(trained.values()):
         raise ModelError("tuning: every part is frozen, so there is nothing to train. Set one part to full or lora.")
+
+
+def refuse_full(tuning: TuningConfig) -> None:
+    """ModelError when a tuning would train weights of a quantised language model, or replace it in the model folder."""
+    for part in ("llm", "embeddings"):
+        if tuning.of(part).mode == "full":
+            raise ModelError(
+                f"tuning.{part}: full, but model.llm.quantize is on: quantised weights cannot be trained or saved. Use "
+                f"{'lora' if part == 'llm' else 'frozen'}, or quantize: none."
+            )
 
 
 def has_lora(module: nn.Module) -> bool:
@@ -125,11 +138,20 @@ def add_lora(module: nn.Module, tuning: PartTuning, *, part: str, exclude: set[i
 
 
 def merge_lora(model: VisionLanguageModel) -> None:
-    """Fold every adapter into its layer and remove it, in place; calling it again changes nothing."""
+    """Fold every adapter into its layer and remove it, in place; calling it again changes nothing.
+
+    Raises:
+        ModelError: the language model is quantised: rounding the sum back to 8 or 4 bits would lose much of the adapter.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils import _get_submodules
 
     roots: tuple[nn.Module, ...] = (model.encoder, model.llm.hf)
+    if has_lora(model.llm) and is_quantised(model.llm):
+        raise ModelError(
+            "adapters cannot be merged into a quantised language model: rounding them to its few bits would lose them. Load "
+            'the model folder with load_model(..., quantize="none"), as vlit export does, and merge there.'
+        )
     for root in roots:
         for name, module in list(root.named_modules()):
             if isinstance(module, LoraLayer):
@@ -138,16 +160,17 @@ def merge_lora(model: VisionLanguageModel) -> None:
                 setattr(parent, child, module.get_base_layer())
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor | Original]) -> str:
     """sha256 over names, shapes and up to 4096 evenly spaced values of each tensor, rounded to bf16.
 
-    Cheap enough for 7B weights, independent of the dtype they were loaded in, and different for any other checkpoint.
+    Cheap enough for 7B weights, independent of the dtype they were loaded in, and different for any other checkpoint. Of a
+    quantised weight it is that of the weight before.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
-        sampled = flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        tensor = tensors[name]
+        sampled = tensor.sample if isinstance(tensor, Original) else sample_of(tensor)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sampled.numpy().tobytes())
     return digest.hexdigest()
 
@@ -168,19 +191,26 @@ def table_of_parts(model: VisionLanguageModel, tuning: TuningConfig, lr: float) 
         if not own:
             continue
         trainable = sum(p.numel() for p in own.values() if p.requires_grad)
+        whole = {n: original_of(model, n) for n in own}
         rows.append(
             PartRow(
                 part=part,
                 module=modules[part],
                 mode=tuning.of(part).mode,
-                parameters=sum(p.numel() for p in own.values()),
+                parameters=sum(p.numel() for p in whole.values()),
                 trainable=trainable,
                 lr=(tuning.of(part).lr or lr) if trainable else None,
-                dtype=str(next(iter(own.values())).dtype).removeprefix("torch."),
-                sha256=fingerprint(own),
+                dtype=_dtype_of(own, model.get_submodule("llm") if part == "llm" else None),
+                sha256=fingerprint(whole),
             )
         )
     return rows
+
+
+def _dtype_of(parameters: Mapping[str, nn.Parameter], llm: nn.Module | None) -> str:
+    if llm is not None and is_quantised(llm):
+        return "4bit" if any(p.dtype == torch.uint8 for p in parameters.values()) else "8bit"
+    return str(next(iter(parameters.values())).dtype).removeprefix("torch.")
 
 
 def rows_as_dicts(rows: list[PartRow]) -> list[dict[str, Any]]:

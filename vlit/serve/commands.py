@@ -97,7 +97,7 @@ def export(checkpoint: Path, to: str, out: Path, *, dtype: str = "fp32", trust_r
 
     folder, _ = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     weights = torch.float32 if dtype == "fp32" else torch.bfloat16
-    model, manifest = load_model(folder, dtype=weights, trust_remote_code=trust_remote_code)
+    model, manifest = load_model(folder, dtype=weights, trust_remote_code=trust_remote_code, quantize="none")
     merge_lora(model)
     data = data_rules(folder, manifest)
     export_hf(model, out, template=data.template, image_policy=data.image_policy)

@@ -21,6 +21,7 @@ from vlit.models.interop.llava import (
     vision_tensors,
 )
 from vlit.models.interop.weights import WeightFiles
+from vlit.models.quantize import is_quantised
 
 if TYPE_CHECKING:
     from vlit.models.assemble import VisionLanguageModel
@@ -88,6 +89,11 @@ def load_llm(llm: Any, tensors: Iterator[tuple[str, Tensor]], *, config: dict[st
     The published conversions grow LLaMA's 32,000 rows to 32,064 for ``<image>``, ``<pad>`` and a multiple of 64. Those
     rows carry no text, so they are left out when the model's own vocabulary is the smaller one.
     """
+    if is_quantised(llm):
+        raise ModelError(
+            f'model.init_from: "{source}" holds a whole language model, which cannot be copied into quantised weights. Export '
+            "it as a Hugging Face language model and set model.llm.path to that, or quantize: none."
+        )
     own = {f"trunk.{name}": t for name, t in llm.trunk.state_dict().items()}
     embedding_rows = llm.hf.get_input_embeddings().weight.shape[0]
     tied = llm.head.weight is llm.hf.get_input_embeddings().weight
