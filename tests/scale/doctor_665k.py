@@ -291,7 +291,7 @@ def watch(process: subprocess.Popen[bytes]) -> dict[str, float]:
                 peaks[kind] = max(peaks[kind], own_mb(member.pid))
         except (psutil.Error, OSError):  # it has just ended
             pass
-        time.sleep(0.2)
+        time.sleep(1.0)
     return {name: round(value) for name, value in peaks.items()}
 
 

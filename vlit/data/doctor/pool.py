@@ -32,6 +32,7 @@ _PRELOADED = [
 """Imported once, in the process that workers are forked from: seconds and hundreds of megabytes that each would take."""
 _BETWEEN = -1
 _MAX_UNEXPLAINED = 3
+_START_S = 600.0
 
 
 class Job(Protocol):
@@ -81,11 +82,16 @@ class _Worker:
             self.pipe.send(task)
 
     def stuck_for(self) -> float:
-        """Seconds since it went on to another item; 0 between tasks."""
+        """Seconds since it went on to another item."""
         place = self.place.value
-        if place != self._seen or place == _BETWEEN:
+        if place != self._seen:
             self._seen, self._since = place, time.monotonic()
         return time.monotonic() - self._since
+
+    def is_stuck(self, limit_s: float) -> bool:
+        """Whether it takes too long over an item, or ten minutes over starting or sending."""
+        seconds = self.stuck_for()
+        return seconds > (max(limit_s, _START_S) if self._seen == _BETWEEN else limit_s)
 
     def stop(self) -> None:
         self.pipe.close()
@@ -162,12 +168,12 @@ class _Pool:
                 replies.append((worker, _opened(worker.pipe.recv())))
             except (EOFError, OSError):
                 replies.append((worker, None))
-        replies += [(worker, None) for worker in busy.values() if worker.stuck_for() > self.stuck_after_s]
+        replies += [(worker, None) for worker in busy.values() if worker.is_stuck(self.stuck_after_s)]
         return replies
 
     def _died(self, worker: _Worker) -> Iterator[Done]:
         """Take a dead (or stuck) worker out; what it was looking at is suspected, the rest of its task is done again."""
-        stuck = worker.process.is_alive() and worker.stuck_for() > self.stuck_after_s
+        stuck = worker.process.is_alive() and worker.is_stuck(self.stuck_after_s)
         worker.process.join(timeout=0 if stuck else 5)
         how = f"it took longer than {self.stuck_after_s:g} s" if stuck else _how(worker.process.exitcode)
         task, place = worker.task or [], worker.place.value
