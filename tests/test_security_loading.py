@@ -333,6 +333,19 @@ def test_a_question_file_cannot_name_a_picture_outside_its_folder(tmp_path: Path
         config.build().load()
 
 
+def test_a_link_out_of_the_picture_folder_is_followed_only_when_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.png").write_bytes(b"x")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "coco").symlink_to(tmp_path / "elsewhere")
+    row = {"question_id": "1", "question": "?", "answer": "x", "image": "coco/a.png"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    settings = {"path": str(tmp_path / "q.jsonl"), "images": str(tmp_path / "images")}
+    with pytest.raises(EvaluationError, match="follow_links=true"):
+        BENCHMARKS.get("qa")(**settings).build().load()
+    assert BENCHMARKS.get("qa")(**settings, follow_links=True).build().load()[0].images[0].is_file()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="compiled kernels are for Linux")
 def test_a_compiled_kernel_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
     from vlit.kernels.native import _refuse_foreign

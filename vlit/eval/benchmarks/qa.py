@@ -29,6 +29,8 @@ class QaConfig(ComponentConfig):
     """Question file (`.jsonl`)."""
     images: str = ""
     """Folder the questions' image paths are relative to. Empty: the folder of `path`."""
+    follow_links: bool = False
+    """Follow links inside that folder that lead out of it. Default: such a picture is refused."""
     scorer: Literal["exact", "vqa", "mcq", "yes_no"] = "exact"
     """`exact` match after strip, lower case and trailing period; `vqa` soft accuracy over at least 4 human answers;
     `mcq` compares option letters; `yes_no` compares judgements."""
@@ -47,6 +49,7 @@ class QaConfig(ComponentConfig):
             name=self.name or path.stem,
             path=path,
             image_root=Path(self.images) if self.images else path.parent,
+            follow_links=self.follow_links,
             scorer=self.scorer,
             suffix=self.suffix,
             chance=self.chance,
@@ -63,6 +66,7 @@ class QaBenchmark:
         path: Path,
         *,
         image_root: Path,
+        follow_links: bool = False,
         scorer: str = "exact",
         suffix: str = "",
         chance: Mapping[str, float] | None = None,
@@ -71,6 +75,7 @@ class QaBenchmark:
         self.name = name
         self.path = path
         self.image_root = image_root
+        self.follow_links = follow_links
         self.scorer = scorer
         self.suffix = suffix
         self.chance = dict(chance or {})
@@ -143,10 +148,12 @@ class QaBenchmark:
         names = row.get("image") or []
         try:
             images = tuple(
-                resolve_image(str(name), self.image_root) for name in ([names] if isinstance(names, str) else names)
+                resolve_image(str(name), self.image_root, follow_links=self.follow_links)
+                for name in ([names] if isinstance(names, str) else names)
             )
         except DataError as error:
-            raise EvaluationError(f"{place}: {error}") from error
+            reason = str(error).replace("data.follow_links: true", "follow_links=true")
+            raise EvaluationError(f"{place}: {reason}") from error
         for image in images:
             if not image.is_file():
                 raise EvaluationError(
