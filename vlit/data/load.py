@@ -9,6 +9,7 @@ resuming is ``start_step``.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,6 +242,15 @@ class _Steps(Dataset[_Fetched]):
             fetched.batch.quarantined.append((place, reason))
 
 
+ORPHAN_SECONDS = 600
+"""How long a data worker outlives a SIGTERM, so that its training process can finish the step and save."""
+
+
 def _init_worker(worker: int) -> None:
+    """Single-threaded, and deaf to what asks the run to stop: torchrun and Slurm signal whole process groups, and a data worker
+    that dies takes the training process with it before the checkpoint is written. A worker ends when its parent does."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(ORPHAN_SECONDS))

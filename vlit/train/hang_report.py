@@ -43,7 +43,7 @@ def culprits(peers: Sequence[Peer]) -> list[tuple[Peer, str]]:
 
 
 def _gone(peer: Peer) -> str | None:
-    last = f'it was in "{peer.phase}" of step {peer.step}'
+    last = f'last seen in "{peer.phase}" of step {peer.step}'
     if peer.ended is not None:
         return f"left the run ({peer.ended}); {last}"
     if peer.gone:

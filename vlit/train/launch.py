@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from vlit.train.exit_codes import EXIT_BUG, EXIT_CODES
 
-PATIENCE_S = 3600
+PATIENCE_S = 600
 """How long processes may take to end after a signal; schedulers kill much earlier."""
 
 

@@ -58,7 +58,10 @@ class Watchdog:
             timeout_s,
             output_dir,
         )
-        self.interval = min(10.0, max(0.2, (timeout_s or math.inf) / 10))
+        self.interval = min(2.0, max(0.2, (timeout_s or math.inf) / 10))
+        self.listen_s = max(
+            2.5 * self.interval, min(30.0, (timeout_s or 0.0) / 10)
+        )  # a loader may hold the GIL for long
         self._host, self._pid, self._parent = socket.gethostname(), os.getpid(), os.getppid()
         self._phase = Phase(0, "start", 0, False, timeout_s or math.inf, time.monotonic())
         self._stuck, self._beat, self._ended = 0.0, 0, ""
@@ -116,10 +119,11 @@ class Watchdog:
         for thread in self._threads:
             thread.join(2.0)
         self._threads = []
-        if error is not None and _looks_like_a_lost_connection(error):
-            lost = self._lost_peers()
-            if lost:
-                raise RankLostError(f"{name_of(self._record())} cannot go on in {self._where()}: {lost}") from error
+        if error is not None and self.world_size > 1 and _looks_like_a_lost_connection(error):
+            with _deaf_to_sigterm():  # torchrun stops the survivors at once; this one first says why it ends
+                lost = self._lost_peers()
+                if lost:
+                    raise RankLostError(f"{name_of(self._record())} cannot go on in {self._where()}: {lost}") from error
 
     # The threads' side ---------------------------------------------------------------------------------------------
 
@@ -140,7 +144,7 @@ class Watchdog:
 
     def _judge(self, phase: Phase) -> None:
         """End the process, unless a rank that we wait for may still take its time, or we moved on while asking."""
-        others = self._board.read(watch_s=2.5 * self.interval) if self._board else {}
+        others = self._board.read(watch_s=self.listen_s) if self._board else {}
         if self._phase.number != phase.number or self._stop.is_set():
             return
         if phase.collective and any(
@@ -204,9 +208,28 @@ class Watchdog:
         return ""
 
 
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Ignore SIGTERM; for good when an error is raised inside, because the process then ends by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGTERM, held)
+
+
 def _looks_like_a_lost_connection(error: BaseException) -> bool:
+    """Whether the error, or one it happened in the wake of, comes from a collective whose other side is gone."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, (RuntimeError, OSError)):
-        return False
-    return any(word in str(error).lower() for word in _LOST_CONNECTION)
+    chain: BaseException | None = error
+    while chain is not None:
+        if (
+            isinstance(chain, (RuntimeError, OSError))
+            and not isinstance(chain, torch.OutOfMemoryError)
+            and any(word in str(chain).lower() for word in _LOST_CONNECTION)
+        ):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
