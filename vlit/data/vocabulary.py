@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any
 
 from vlit.data.text import traits_of
@@ -27,7 +28,17 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, path: str) -> None:
     token, largest = max(used.items(), key=lambda item: item[1])
     if largest >= vocab_size:
         raise ModelError(
-            f'model.llm.tokenizer "{path}": its token {token!r} has the id {largest}, so it needs {largest + 1} embeddings; the '
-            f"language model of model.llm.path has {vocab_size} (its vocab_size). Set model.llm.tokenizer to the tokenizer "
+            f'model.llm.tokenizer "{path}": its token {token!r} has the id {largest}, so it needs {largest + 1} embeddings; '
+            f"the language model of model.llm.path has {vocab_size} (its vocab_size). Set model.llm.tokenizer to the tokenizer "
             "that belongs to the model."
         )
+
+
+def fingerprint_of(tokenizer: Any) -> str:
+    """Hex digest of all that decides how texts become ids and ids texts: equal for equal tokenizers, wherever they lie."""
+    parts = (
+        tokenizer.backend_tokenizer.to_str(),
+        repr(tokenizer.chat_template),
+        repr(sorted(traits_of(tokenizer).specials)),
+    )
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

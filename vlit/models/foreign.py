@@ -15,6 +15,7 @@ import torch
 
 from vlit.errors import ModelError, VlitError
 
+_PACKAGES = {"open_clip": "open_clip_torch", "PIL": "pillow", "yaml": "pyyaml"}  # installed under another name
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -25,9 +26,14 @@ def library_errors(what: str) -> Iterator[None]:
         yield
     except (VlitError, MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        package = _PACKAGES.get(str(error.name), str(error.name).split(".")[0])
+        raise ModelError(
+            f"{what}: needs a package that is missing ({error}). Install it: pip install {package}."
+        ) from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        raise ModelError(f"{what}: cannot be used ({reason}). Its files are damaged or of another kind.") from error
+        raise ModelError(f"{what}: cannot be used ({reason}). Its files may be damaged: fetch them again.") from error
 
 
 def reads_model(key: str, *, attribute: str = "path") -> Callable[[F], F]:

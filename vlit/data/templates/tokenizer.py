@@ -111,8 +111,8 @@ def _layout_of(tokenizer: Any, roles: tuple[Role, ...]) -> _Layout:
 
     try:
         return _render_marked(tokenizer, roles, folded=False)
-    except TemplateError:
-        if roles[0] != "system":
+    except ConfigError as error:
+        if roles[0] != "system" or not isinstance(error.__cause__, TemplateError):
             raise
         return _render_marked(tokenizer, roles[1:], folded=True)
 
@@ -125,7 +125,14 @@ def _render_marked(tokenizer: Any, roles: tuple[Role, ...], *, folded: bool) -> 
         )
     marks = [_MARK.format(number) for number in range(len(roles))]
     messages = [{"role": role, "content": f"{_EDGE}{mark}{_EDGE}"} for role, mark in zip(roles, marks, strict=True)]
-    rest = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        rest = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # the template is a program; transformers runs it in a sandbox
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"data.template: the chat template of {tokenizer.name_or_path} fails for {'/'.join(roles)} ({reason}). Choose "
+            "another template."
+        ) from error
     slots = []
     for number, mark in enumerate(marks):
         if rest.count(mark) != 1:
