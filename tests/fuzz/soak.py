@@ -65,7 +65,13 @@ def guided(minutes: float) -> int:
     with atheris.instrument_imports(include=["vlit.data.json_stream", "vlit.data.formats.llava", "vlit.data.images"]):
         from tests.fuzz.guided import check_bytes, seeds
     folder = seeds()
-    atheris.Setup([sys.argv[0], str(folder), f"-max_total_time={int(60 * minutes)}", "-timeout=20"], check_bytes)
+    options = [
+        f"-max_total_time={int(60 * minutes)}",
+        "-timeout=20",
+        "-rss_limit_mb=0",
+        f"-artifact_prefix={folder}/found-",
+    ]
+    atheris.Setup([sys.argv[0], str(folder), *options], check_bytes)
     atheris.Fuzz()
     return 0
 
