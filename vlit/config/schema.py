@@ -64,7 +64,8 @@ class DataConfig(Strict):
     max_tokens: PositiveInt = 2048
     """Longest sample in tokens, images included. Longer records lose whole turns from the end, never part of an image."""
     on_bad_sample: Literal["error", "quarantine"] = "error"
-    """`error` stops at the first bad record; `quarantine` leaves it out and lists it in `quarantine.jsonl`."""
+    """`error` refuses a dataset with bad records and lists them; `quarantine` leaves them out and lists them in
+    `quarantine.jsonl`."""
     quarantine_budget: Fraction = 0.01
     """A run ends with an error when more than this share of a dataset is quarantined."""
     share_images: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
