@@ -65,6 +65,16 @@ def _preflight(args: argparse.Namespace) -> None:
     show_preflight(args.config, args.overrides)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from vlit.plan.command import plan
+
+    plan(
+        args.config, args.overrides, gpus=args.gpus, share=args.share, parts=args.parts, stage=args.stage,
+        records=args.records, tokens_per_record=args.tokens_per_record, images_per_record=args.images_per_record,
+        as_json=args.json,
+    )  # fmt: skip
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from vlit.serve.commands import doctor
 
@@ -163,6 +173,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("preflight", _preflight, "Compare all processes of a run and try disk and network, without training.")
     sub.add_argument("--config", required=True, help="YAML file")
+
+    sub = command("plan", _plan, "What a run needs: memory by component, time, checkpoints, and settings that fit.")
+    sub.add_argument("--config", required=True, help="YAML file; weights and data need not be here")
+    sub.add_argument("--gpus", help="for example 8xH100 (default: this machine)")
+    sub.add_argument("--share", type=float, default=0.4, help="share of the peak that products reach (default: 0.4)")
+    sub.add_argument("--parts", type=Path, help="folder that holds NAME/config.json for models that are not here")
+    sub.add_argument("--stage", help="default: every stage")
+    sub.add_argument("--records", type=int, help="records of an epoch, instead of looking at the data")
+    sub.add_argument("--tokens-per-record", type=float, help="text and images, on average")
+    sub.add_argument("--images-per-record", type=float)
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("doctor", _doctor, "Find every bad record and image of a run's datasets before training.")
     sub.add_argument("--config", required=True)

@@ -121,14 +121,13 @@ class VisionLanguageModel(nn.Module):
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states ``[T, D]`` of a packed row; samples do not see each other."""
         text_TD = self.llm.embed(batch.input_ids)
-        vision, nothing = None, None
+        vision = None
         if batch.num_images:
             vision = self.encode_images(batch.pixels)
         elif self.vision_on_every_row or self._vision_is_tuned():
-            nothing = self._zero_weighted_vision()  # here, so that modules are called in the same order on every rank
+            # before the fusion, so that forward and backward pass the modules in the same order on every rank
+            text_TD = text_TD + self._zero_weighted_vision().to(text_TD.dtype)
         embeds_TD, layer_arguments = self.fusion(text_TD, vision, batch.is_image)
-        if nothing is not None:
-            embeds_TD = embeds_TD + nothing.to(embeds_TD.dtype)
         segments = segments_of(batch)
         return self.llm.hidden_states(
             embeds_TD.unsqueeze(0),

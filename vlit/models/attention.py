@@ -21,6 +21,7 @@ from vlit.kernels.attention import (
     full_attention,
     packed_attention,
 )
+from vlit.kernels.planning import device_kind
 
 NAME = "vlit_packed"
 ENCODER_NAME = "vlit_encoder"
@@ -64,7 +65,7 @@ def encoder_attention_forward(
 
     The fused C kernel in bf16 on a CPU that has it, PyTorch's fused attention elsewhere.
     """
-    if attention_mask is None and not dropout and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    if attention_mask is None and not dropout and device_kind(query) == "cpu" and query.dtype == torch.bfloat16:
         return _full(query, key, value, scaling if scaling is not None else query.shape[-1] ** -0.5), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

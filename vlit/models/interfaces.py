@@ -60,6 +60,10 @@ class EncoderConfig(ComponentConfig):
     def build(self, *, dtype: torch.dtype) -> Encoder:  # type: ignore[override]
         raise NotImplementedError
 
+    def build_empty(self, *, dtype: torch.dtype) -> Encoder:
+        """The module that ``build`` makes, on the meta device; a subclass makes it without reading weights."""
+        return self.build(dtype=dtype).to("meta")
+
 
 class Connector(nn.Module):
     """VisionTokens [V, S, C] -> VisionTokens [V, S', D]. Built with freshly initialised weights in fp32."""
@@ -77,6 +81,11 @@ class ConnectorConfig(ComponentConfig):
 
     def build(self, *, in_width: int, out_width: int, tokens_in: int) -> Connector:  # type: ignore[override]
         raise NotImplementedError
+
+    def build_empty(self, *, in_width: int, out_width: int, tokens_in: int) -> Connector:
+        """The module that ``build`` makes, on the meta device."""
+        with torch.device("meta"):
+            return self.build(in_width=in_width, out_width=out_width, tokens_in=tokens_in)
 
 
 class LanguageModel(nn.Module):
@@ -115,3 +124,7 @@ class LLMConfig(ComponentConfig):
 
     def build(self, *, dtype: torch.dtype) -> LanguageModel:  # type: ignore[override]
         raise NotImplementedError
+
+    def build_empty(self, *, dtype: torch.dtype) -> LanguageModel:
+        """The module that ``build`` makes, on the meta device; a subclass makes it without reading weights."""
+        return self.build(dtype=dtype).to("meta")

@@ -114,6 +114,21 @@ class QFormerConnectorConfig(ConnectorConfig):
         return self._sizes()["num_queries"]
 
     def build(self, *, in_width: int, out_width: int, tokens_in: int) -> QFormerConnector:  # type: ignore[override]
+        connector = self._make(in_width, out_width)
+        if self.from_blip2 is not None:
+            load_blip2(connector, self.from_blip2)
+        if self.freeze_qformer:
+            connector.freeze_qformer()
+        return connector
+
+    def build_empty(self, *, in_width: int, out_width: int, tokens_in: int) -> QFormerConnector:
+        with torch.device("meta"):
+            connector = self._make(in_width, out_width)
+        if self.freeze_qformer:
+            connector.freeze_qformer()
+        return connector
+
+    def _make(self, in_width: int, out_width: int) -> QFormerConnector:
         sizes = self._sizes()
         expected = sizes.pop("in_width", in_width)
         if expected != in_width:
@@ -125,12 +140,7 @@ class QFormerConnectorConfig(ConnectorConfig):
             raise ConfigError(
                 f"model.connector.heads: {sizes['heads']} heads do not divide the width {sizes['width']}."
             )
-        connector = QFormerConnector(in_width=in_width, out_width=out_width, input_norm=self.input_norm, **sizes)
-        if self.from_blip2 is not None:
-            load_blip2(connector, self.from_blip2)
-        if self.freeze_qformer:
-            connector.freeze_qformer()
-        return connector
+        return QFormerConnector(in_width=in_width, out_width=out_width, input_norm=self.input_norm, **sizes)
 
     def _sizes(self) -> dict[str, int]:
         """Sizes of the Q-Former: set keys, else the checkpoint's, else BLIP-2's own."""

@@ -117,6 +117,30 @@ class HfEncoderConfig(EncoderConfig):
     def build(self, *, dtype: torch.dtype) -> HfVisionEncoder:  # type: ignore[override]
         cls, config, structure = self._structure()
         model, missing = self._load(cls, config, structure.kept_layers, dtype)
+        encoder = self._cut(model, config, structure, missing, cls.__name__)
+        size = self.image_size or own_image_size(config, path=self.path)
+        if size != own_image_size(config, path=self.path):
+            resize_positions(model, config, image_size=size)
+        return encoder
+
+    @reads_model("model.encoder.path")
+    def build_empty(self, *, dtype: torch.dtype) -> HfVisionEncoder:
+        cls, config, structure = self._structure()
+        held = copy.deepcopy(config)
+        held.num_hidden_layers = max(structure.kept_layers, 1)
+        if hasattr(held, "image_size"):
+            held.image_size = self.image_size or own_image_size(config, path=self.path)
+        options: dict[str, Any] = {}
+        if getattr(cls, "_supports_attention_backend", False):
+            options["attn_implementation"] = register_encoder()
+        with torch.device("meta"), quiet_transformers():
+            model = cls._from_config(held, dtype=dtype, **options)
+        return self._cut(model, held, structure, set(), cls.__name__)
+
+    def _cut(
+        self, model: nn.Module, config: Any, structure: VisionStructure, missing: set[str], kind: str
+    ) -> HfVisionEncoder:
+        """Leave in ``model`` what the features need; ``missing`` are tensors that the checkpoint lacks."""
         norm = None
         for name in structure.after_blocks:
             if name == structure.final_norm and self.final_norm:
@@ -134,11 +158,8 @@ class HfEncoderConfig(EncoderConfig):
         if lost := sorted(kept & missing):
             raise ModelError(
                 f'model.encoder.path: "{self.path}" holds no weights for {len(lost)} of {len(kept)} tensors of its '
-                f"{cls.__name__}, the first is {lost[0]}. They would stay random: give the complete checkpoint."
+                f"{kind}, the first is {lost[0]}. They would stay random: give the complete checkpoint."
             )
-        size = self.image_size or own_image_size(config, path=self.path)
-        if size != own_image_size(config, path=self.path):
-            resize_positions(model, config, image_size=size)
         return HfVisionEncoder(
             model,
             blocks=structure.blocks,

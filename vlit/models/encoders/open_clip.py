@@ -60,6 +60,17 @@ class OpenClipEncoderConfig(EncoderConfig):
             tower.to(dtype), structure, final_norm=self.final_norm, keep_prefix=self.cls == "keep", spec=spec
         )
 
+    def build_empty(self, *, dtype: torch.dtype) -> IntermediateEncoder:
+        spec, structure = self._inspect()
+        with torch.device("meta"):
+            tower = self._tower(load_weights=False)
+        if not hasattr(tower, "prune_intermediate_layers"):
+            tower = getattr(tower, "trunk", tower)
+        prune(tower, structure.index, final_norm=self.final_norm)
+        return IntermediateEncoder(
+            tower.to(dtype), structure, final_norm=self.final_norm, keep_prefix=self.cls == "keep", spec=spec
+        )
+
     def _inspect(self) -> tuple[EncoderSpec, TowerStructure]:
         import open_clip
 

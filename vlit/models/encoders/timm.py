@@ -62,6 +62,15 @@ class TimmEncoderConfig(EncoderConfig):
             tower.to(dtype), structure, final_norm=self.final_norm, keep_prefix=self.cls == "keep", spec=spec
         )
 
+    def build_empty(self, *, dtype: torch.dtype) -> IntermediateEncoder:
+        spec, structure = self._inspect()
+        with torch.device("meta"):
+            tower = self._create(pretrained=False, num_classes=0)
+        prune(tower, structure.index, final_norm=self.final_norm)
+        return IntermediateEncoder(
+            tower.to(dtype), structure, final_norm=self.final_norm, keep_prefix=self.cls == "keep", spec=spec
+        )
+
     def _inspect(self) -> tuple[EncoderSpec, TowerStructure]:
         from timm.data import resolve_model_data_config
 

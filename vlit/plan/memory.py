@@ -1,0 +1,121 @@
+"""Memory of one rank by component, for every way of dividing the work.
+
+``none`` and ``ddp`` are what the executed step held (:mod:`vlit.plan.execute`). ZeRO divides what belongs to parameters
+(arXiv:1910.02054 §5, Ψ trained parameters, F frozen ones, N ranks, bf16 with Adam) and leaves what a micro-batch makes. Frozen
+weights have neither gradients nor states; zero3 divides them as well. vlit sums gradients in fp32 over rows, so a gradient
+takes G = 4 bytes where the paper's takes 2:
+
+    zero1   2F + 2Ψ + GΨ + 12Ψ/N        zero2   2F + 2Ψ + (G + 12)Ψ/N        zero3   2F/N + (2 + G + 12)Ψ/N + gathered weights
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vlit.plan.execute import Executed
+from vlit.plan.hardware import GIB, Cluster
+
+Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "optimizer", "all"]
+
+DDP_BUCKET_BYTES = 4 << 26
+"""fp32 gradients that ``ddp`` sums at a time (``vlit/train/distributed.py``)."""
+REDUCE_BUCKET = 50_000_000
+"""Gradient values that ZeRO reduces at a time (``vlit/train/zero/config.py``); two buckets: one fills, the other travels."""
+GRADIENT_BYTES = 4
+"""Bytes of a summed gradient under ZeRO (``data_types.grad_accum_dtype``)."""
+GATHER_BUCKET = 50_000_000
+"""Weight values that zero1 and zero2 send at a time after the update."""
+PREFETCH_BUCKET = 50_000_000
+"""Weight values that zero3 gathers ahead of the module that needs them (``vlit/train/zero/config.py``)."""
+LIVE_WEIGHTS = 1_000_000_000
+"""Weight values that zero3 keeps gathered because they are needed again soon (DeepSpeed's ``stage3_max_live_parameters`` and
+``stage3_max_reuse_distance``)."""
+CUDA_CONTEXT = 0.6 * GIB
+"""CUDA context, kernels and cuBLAS workspace of a process (assumed)."""
+COLLECTIVE_BUFFERS = 0.5 * GIB
+"""What NCCL keeps when there are several ranks (assumed)."""
+MARGIN = 0.10
+"""Share of a GPU's memory that a proposal leaves free: the prediction's error and the caching allocator's fragments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Sizes that dividing depends on; counts of values, not bytes."""
+
+    trained: int
+    frozen: int
+    largest_gathered: int  # values of the largest module that zero3 gathers at once
+    bytes_each: int  # 2 in bf16, 4 in fp32
+    state_bytes: int = 8  # a trained value's optimizer states: 8 (AdamW), 4 (Muon)
+
+    @property
+    def weights(self) -> int:
+        return (self.trained + self.frozen) * self.bytes_each
+
+    @property
+    def masters(self) -> int:
+        return 4 * self.trained if self.bytes_each < 4 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank by component; ``host`` is what offloading keeps in the machine's memory for this rank."""
+
+    components: dict[str, int]
+    where: str
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.components.values())
+
+    def fits(self, cluster: Cluster) -> bool:
+        return self.total <= (1 - MARGIN) * cluster.device.memory
+
+
+NAMES = {
+    "weights": "weights", "masters": "fp32 masters", "gradients": "gradients", "optimizer": "optimizer states",
+    "saved": "activations", "temporary": "temporaries", "workspace": "operator workspace",
+}  # fmt: skip
+
+
+def memory(
+    executed: Executed, parameters: Parameters, cluster: Cluster, strategy: Strategy, offload: Offload = "none"
+) -> Memory:
+    """What one rank holds at its highest moment."""
+    whole = strategy in ("none", "ddp")
+    peak = executed.peak if whole else executed.without_gradients
+    found = {NAMES[name]: peak.bytes.get(name, 0) for name in NAMES}
+    found["activations"] += peak.bytes.get("activations", 0)
+    ranks, host = cluster.count, 0
+    size, trained = parameters.bytes_each, parameters.trained
+    if strategy == "ddp":
+        found["communication buffers"] = min(DDP_BUCKET_BYTES, 4 * trained)
+    elif not whole:
+        states = {
+            "fp32 masters": parameters.masters // ranks,
+            "optimizer states": parameters.state_bytes * trained // ranks,
+        }
+        found["gradients"] = GRADIENT_BYTES * trained // (1 if strategy == "zero1" else ranks)
+        buckets = 2 * min(REDUCE_BUCKET, trained) * GRADIENT_BYTES
+        if strategy == "zero3":
+            found["weights"] = parameters.weights // ranks
+            everything = parameters.trained + parameters.frozen
+            gathered = min(max(parameters.largest_gathered + PREFETCH_BUCKET, LIVE_WEIGHTS), everything)
+            found["gathered weights"] = gathered * size
+        else:
+            buckets += min(GATHER_BUCKET, trained) * size
+        found["communication buffers"] = buckets
+        if offload != "none":
+            host = sum(states.values()) + found["gradients"]
+            states = dict.fromkeys(states, 0)
+            found["gradients"] = 0 if strategy != "zero1" else found["gradients"]
+        if offload == "all":
+            host += found["weights"]
+            found["weights"] = 0
+        found |= states
+    if cluster.device.kind == "cuda":
+        found["runtime base"] = int(CUDA_CONTEXT + (COLLECTIVE_BUFFERS if ranks > 1 else 0))
+    return Memory({name: value for name, value in found.items() if value}, f"{peak.phase}, {peak.operator}", host)

@@ -1,0 +1,196 @@
+"""The plan of a run: every stage with its parts, data, memory, time and proposal, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlit.config.schema import RunConfig
+from vlit.errors import ConfigError
+from vlit.models.assemble import VisionLanguageModel, build_empty_model, model_spec
+from vlit.models.tuning import part_of_parameters
+from vlit.plan.cost import Checkpoints, Work, checkpoints, work
+from vlit.plan.execute import Executed, execute, tune
+from vlit.plan.hardware import Cluster
+from vlit.plan.memory import Offload, Parameters, Strategy
+from vlit.plan.parts import described
+from vlit.plan.propose import OFFLOADS, STRATEGIES, Choice, Judge, Judged, candidates, propose
+from vlit.plan.workload import Assumed, Workload, empty_row, workload
+from vlit.types import PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage; counts of values, bytes, seconds."""
+
+    name: str
+    parts: dict[str, tuple[str, int, int]]  # mode, trained, frozen
+    load: Workload
+    work: Work
+    parameters: Parameters
+    configured: Judged
+    proposed: Judged | None
+    checkpoint: Checkpoints
+    num_checkpoints: int
+    judge: Judge
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """A run on one cluster."""
+
+    cluster: Cluster
+    share: float
+    precision: str
+    sources: list[dict[str, str]]
+    stages: list[StagePlan]
+
+
+def plan_run(
+    run: RunConfig, cluster: Cluster, *, share: float = 0.4, parts: Path | None = None, assumed: Assumed | None = None,
+    only: str | None = None,
+) -> RunPlan:  # fmt: skip
+    """Plan every stage (or ``only`` one).
+
+    Raises:
+        ConfigError, ModelError: a part or dataset is described nowhere, or a stage is unknown.
+    """
+    if only is not None and only not in run.stages:
+        raise ConfigError(f"--stage {only}: this configuration has no such stage. Known: {', '.join(run.stages)}.")
+    if not 0 < share <= 1:
+        raise ConfigError(f"--share {share:g}: a share of the device's peak lies between 0 and 1, for example 0.4.")
+    dtype = _dtype(run, cluster)
+    with described(run.model, parts) as (model, sources):
+        resolved = run.model_copy(update={"model": model})
+        stages = [
+            plan_stage(resolved, name, cluster, share=share, assumed=assumed or Assumed(), dtype=dtype, original=run)
+            for name in run.stages
+            if only in (None, name)
+        ]
+        stages = _one_strategy(stages)
+    found = [asdict(source) for source in sources]
+    return RunPlan(cluster, share, str(dtype).removeprefix("torch."), found, stages)
+
+
+def _one_strategy(stages: list[StagePlan]) -> list[StagePlan]:
+    """``runtime.strategy`` holds for all stages: take the one that divides most, and fit the others to it."""
+    ways = [(s.proposed.choice.offload, s.proposed.choice.strategy) for s in stages if s.proposed is not None]
+    if len(set(ways)) < 2:
+        return stages
+    common = max(ways, key=lambda way: (OFFLOADS.index(way[0]), STRATEGIES.index(way[1])))
+
+    def fitted(stage: StagePlan) -> StagePlan:
+        if stage.proposed is None or (stage.proposed.choice.offload, stage.proposed.choice.strategy) == common:
+            return stage
+        choices = [choice for choice in stage.choices if (choice.offload, choice.strategy) == common]
+        return replace(stage, proposed=propose(stage.judge, choices))
+
+    return [fitted(stage) for stage in stages]
+
+
+def plan_stage(
+    run: RunConfig, name: str, cluster: Cluster, *, share: float, assumed: Assumed, dtype: torch.dtype,
+    original: RunConfig | None = None,
+) -> StagePlan:  # fmt: skip
+    """Plan one stage of a run whose parts are described on this machine."""
+    config = run.stages[name]
+    model = build_empty_model(run.model, dtype=dtype)
+    tune(model, config.tuning)
+    spec = model_spec(original.model) if original is not None and _tokenizer_here(original) else model_spec(run.model)
+    load = workload(run if original is None else original, name, spec, assumed)
+    parameters = parameters_of(model, config.optimizer.type)
+    effort = work(model, load)
+    ranks = cluster.count
+
+    def run_step(tokens: int, recompute: str, rows: int) -> Executed:
+        row = empty_row(load.largest_row(tokens, ranks), image_size=spec.image_size)
+        return execute(
+            model, row, kind=cluster.device.kind, optimizer=config.optimizer, recompute=recompute,
+            attention=run.runtime.attention, z_loss=config.z_loss, sums=rows > 1,
+        )  # fmt: skip
+
+    def rows_of(tokens: int) -> int:
+        return load.rows_per_step(tokens, ranks, model.spec.tokens_per_view)
+
+    judge = Judge(run_step, rows_of, load, effort, parameters, cluster, share)
+    configured = judge.judge(_configured(run, name, ranks))
+    longest = max(item.tokens for step in load.sampled for item in step)
+    largest = max(longest, round(2 * load.mean("tokens") * config.global_batch / ranks))
+    choices = tuple(candidates(ranks, longest, largest, muon=config.optimizer.type == "muon"))
+    changed = sum(p.numel() for n, p in model.named_parameters() if _written(part_of_parameters(model)[n], config))
+    return StagePlan(
+        name, _parts(model, config), load, effort, parameters, configured, propose(judge, choices),
+        checkpoints(parameters, changed, cluster), max(0, (load.steps - 1) // config.checkpoint.every_steps), judge, choices,
+    )  # fmt: skip
+
+
+def _dtype(run: RunConfig, cluster: Cluster) -> torch.dtype:
+    precision = run.runtime.precision
+    if precision == "auto" and cluster.device.kind == "cpu":
+        native = any(
+            getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")
+        )
+        precision = "bf16" if native else "fp32"
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def _tokenizer_here(run: RunConfig) -> bool:
+    return Path(run.model.llm.tokenizer_path()).is_dir() and _described_here(run)
+
+
+def _described_here(run: RunConfig) -> bool:
+    paths: Sequence[str | None] = [getattr(getattr(run.model, part), "path", None) for part in ("encoder", "llm")]
+    return all(path is None or (Path(path) / "config.json").is_file() for path in paths)
+
+
+def _configured(run: RunConfig, name: str, ranks: int) -> Choice:
+    config, offload = run.stages[name], run.runtime.offload
+    strategy: Strategy
+    if run.runtime.strategy == "auto":
+        strategy = "none" if ranks == 1 else "ddp"
+    elif ranks == 1 and offload.optimizer == offload.parameters == "none":
+        strategy = "none"
+    else:
+        strategy = "ddp" if run.runtime.strategy == "none" else run.runtime.strategy
+    kept: Offload = "all" if offload.parameters != "none" else "optimizer" if offload.optimizer != "none" else "none"
+    return Choice(strategy, kept, config.gradient_checkpointing, config.micro_batch_tokens)
+
+
+def parameters_of(model: VisionLanguageModel, optimizer: str) -> Parameters:
+    """What dividing the model depends on."""
+    every = list(model.named_parameters())
+    trained = sum(p.numel() for _, p in every if p.requires_grad)
+    leaves = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.llm.layers]
+    states = 8
+    if optimizer == "muon":
+        parts = part_of_parameters(model)
+        muon = sum(p.numel() for n, p in every if p.requires_grad and p.ndim == 2 and parts[n] != "embeddings")
+        states = round((4 * muon + 8 * (trained - muon)) / trained)
+    return Parameters(
+        trained, sum(p.numel() for _, p in every) - trained, max([*leaves, *blocks]), every[0][1].element_size(), states
+    )
+
+
+def _parts(model: VisionLanguageModel, config: Any) -> dict[str, tuple[str, int, int]]:
+    found: dict[str, tuple[str, int, int]] = {}
+    parts = part_of_parameters(model)
+    for part in PARTS:
+        own: list[nn.Parameter] = [p for n, p in model.named_parameters() if parts[n] == part]
+        if own:
+            trained = sum(p.numel() for p in own if p.requires_grad)
+            found[part] = (config.tuning.of(part).mode, trained, sum(p.numel() for p in own) - trained)
+    return found
+
+
+def _written(part: str, config: Any) -> bool:
+    """Whether the model folder holds the part: the connector always, the language model whole once any of it was trained."""
+    if part in ("llm", "embeddings"):
+        return any(config.tuning.of(p).mode == "full" for p in ("llm", "embeddings"))
+    return part == "connector" or config.tuning.of(part).mode == "full"
