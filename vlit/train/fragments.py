@@ -71,7 +71,7 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> str:
     def chunks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for f in fragments:
-            raw = memoryview(f.values.contiguous().numpy()).cast("B") if f.values.numel() else memoryview(b"")
+            raw = f.values.contiguous().numpy().data.cast("B") if f.values.numel() else memoryview(b"")
             for begin in range(0, len(raw), _PIECE):
                 yield raw[begin : begin + _PIECE]
 

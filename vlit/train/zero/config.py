@@ -62,6 +62,9 @@ def deepspeed_config(runtime: RuntimeConfig, dtype: torch.dtype, *, on_cpu: bool
     if offload.parameters != "none":
         zero["offload_param"] = _place(offload.parameters, offload.nvme_path, pin=not on_cpu)
     if zero["stage"] == 3:
+        # DeepSpeed's linear adds the bias in place to a product that selective recomputation has kept; computed again, the
+        # bias is added twice, and gradients are silently wrong. torch's own keeps no more memory, since it keeps no copy.
+        zero["memory_efficient_linear"] = False
         zero |= {
             "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
             "stage3_param_persistence_threshold": PERSISTENT_VALUES,

@@ -77,7 +77,8 @@ def shard(model: nn.Module, ranks: Ranks, config: dict[str, Any]) -> None:
             holder = nn.Module()
             for number, name in enumerate(own):
                 holder.register_parameter(str(number), getattr(module, name))
-            zero.Init(module=holder, config_dict_or_path=config, dtype=next(iter(own.values())).dtype)
+            dtype = next(iter(own.values())).dtype
+            zero.Init(module=holder, config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False)
 
 
 def gathered(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
