@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vlit.train.launch import launch
+from vlit.train.cluster.launch import launch
 
 if __name__ == "__main__":
     sys.exit(launch(sys.argv[1:]))

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "types": 0,
     "errors": 0,
+    "durable": 0,
     "registry": 0,
     "config": 0,
     "kernels": 1,

@@ -18,8 +18,8 @@ import torch
 
 from tests.ranks import PROGRAMS, ROOT, environment
 from vlit.errors import CheckpointError
+from vlit.train.cluster.lock import OutputLock
 from vlit.train.distributed import Ranks
-from vlit.train.lock import OutputLock
 
 HOLD = str(PROGRAMS / "hold.py")
 ALONE = Ranks(state=None, device=torch.device("cpu"), rank=0, world_size=1)

@@ -13,7 +13,7 @@ import yaml
 
 from tests.ranks import Ranks, launched, wait_for
 from tests.tiny_run import tiny_run
-from vlit.train.exit_codes import EXIT_HANG
+from vlit.train.cluster.exit_codes import EXIT_HANG
 
 STEPS = 150
 

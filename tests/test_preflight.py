@@ -16,9 +16,9 @@ import yaml
 from tests.ranks import PROGRAMS, ROOT, by_hand, environment, launched
 from tests.tiny_run import tiny_run
 from vlit.errors import TrainingError
-from vlit.train.comparison import ranks_text, size
+from vlit.train.cluster.comparison import ranks_text, size
+from vlit.train.cluster.preflight import data_identities, preflight
 from vlit.train.distributed import Ranks
-from vlit.train.preflight import data_identities, preflight
 
 CHECK = str(PROGRAMS / "check.py")
 HOST = os.uname().nodename

@@ -96,7 +96,9 @@ def worst(losses: dict[tuple[str, str], list[float]], setting: Setting, strategy
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str], list[float]]]:
+def trained(
+    tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[tuple[str, str], list[float]]]:
     out = tmp_path_factory.mktemp("strategies")
     return out, train_all(SETTINGS, tiny_dir, out)
 
@@ -119,7 +121,9 @@ def test_the_model_folder_holds_the_same_weights_whoever_trained_it(strategy: st
         torch.testing.assert_close(shared[name], alone[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_the_runs_met_uneven_ranks_and_a_text_only_rank_beside_one_with_images_only(tiny_dir: Path, tmp_path: Path) -> None:
+def test_the_runs_met_uneven_ranks_and_a_text_only_rank_beside_one_with_images_only(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
     run = tiny_run(tiny_dir, tmp_path, *BASE)
     mixture, tokenizer = open_mixture(run, "instruct", progress=False), SampleTokenizer(model_spec(run.model), run.data)
     per_rank = []

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from tests.ranks import PROGRAMS, ROOT, by_hand, environment, launched, wait_for
+from vlit.train.cluster.exit_codes import EXIT_CODES, EXIT_HANG, EXIT_RANK_LOST, is_worth_a_restart
+from vlit.train.cluster.hang_report import culprits, hang_report
+from vlit.train.cluster.peers import Peer
+from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import Ranks
-from vlit.train.exit_codes import EXIT_CODES, EXIT_HANG, EXIT_RANK_LOST, is_worth_a_restart
-from vlit.train.hang_report import culprits, hang_report
-from vlit.train.peers import Peer
-from vlit.train.watchdog import Watchdog
 
 STEPS = str(PROGRAMS / "steps.py")
 ALONE = Ranks(state=None, device=torch.device("cpu"), rank=0, world_size=1)

@@ -21,8 +21,8 @@ import torch
 from vlit.config.load import load_config
 from vlit.errors import TrainingError
 from vlit.train import facts
+from vlit.train.cluster.preflight import data_identities, preflight
 from vlit.train.distributed import start_ranks
-from vlit.train.preflight import data_identities, preflight
 
 config, folder, cases = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 run = load_config(config)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from vlit.config.schema import RuntimeConfig
 from vlit.errors import CheckpointError
+from vlit.train.cluster.lock import OutputLock
 from vlit.train.distributed import start_ranks
-from vlit.train.lock import OutputLock
 
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 ranks = start_ranks(RuntimeConfig(device="cpu"))

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from vlit.config.schema import RuntimeConfig
+from vlit.train.cluster.exit_codes import RankLostError
+from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import start_ranks
-from vlit.train.exit_codes import RankLostError
 from vlit.train.signals import stop_requests
-from vlit.train.watchdog import Watchdog
 
 folder, fault, timeout = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]) if len(sys.argv) > 3 else 2.0
 ranks = start_ranks(RuntimeConfig(device="cpu"))

@@ -16,8 +16,8 @@ def show_preflight(config_path: str, overrides: Sequence[str]) -> None:
         TrainingError: on every process, with everything that has to be mended.
     """
     run = load_config(config_path, overrides)
+    from vlit.train.cluster.preflight import PreflightReport, data_identities, preflight
     from vlit.train.distributed import start_ranks
-    from vlit.train.preflight import PreflightReport, data_identities, preflight
 
     ranks = start_ranks(run.runtime)
     if run.world is not None:
@@ -34,7 +34,7 @@ def _print_table(ranks: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vlit.train.comparison import size
+    from vlit.train.cluster.comparison import size
 
     table = Table(title="processes", title_justify="left")
     for column in (

@@ -14,6 +14,7 @@ from vlit.models.artifact import check_same_parts, fingerprints, load_model, mod
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.flops import UsefulFlops
 from vlit.models.interop import initialise
+from vlit.models.trusted import asks_for_remote_code
 from vlit.models.tuning import PartRow, apply_tuning, has_lora, merge_lora, table_of_parts
 from vlit.train.distributed import Ranks
 from vlit.train.engine import Engine
@@ -87,7 +88,9 @@ def _load(run: RunConfig, previous: Path | None, dtype: torch.dtype) -> Tuned:
         source = Path(run.model.init_from)
         check_same_parts(run.model, model_config(source, read_manifest(source)), source=source)
     if source is not None:
-        model, manifest = load_model(source, dtype=dtype, seed=run.seed)
+        model, manifest = load_model(
+            source, dtype=dtype, seed=run.seed, trust_remote_code=asks_for_remote_code(run.model)
+        )
         lora = {part: PartTuning.model_validate(raw) for part, raw in manifest["lora"].items()}
         return Tuned(model, set(manifest["changed"]), lora)
     model = build_model(run.model, dtype=dtype, seed=run.seed)

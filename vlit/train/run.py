@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,27 @@ import torch
 import yaml
 
 from vlit import __version__
-from vlit.config.schema import RunConfig
+from vlit.config.schema import RunConfig, StageConfig
 from vlit.data.check import check_supervision
 from vlit.data.tokenize import SampleTokenizer
-from vlit.durable import describe_os_error, plain, recover_folder, replace_file
+from vlit.durable import describe_os_error, free_bytes, plain, recover_folder, replace_file
 from vlit.errors import CheckpointError, TrainingError
 from vlit.models.artifact import read_manifest, save_model
 from vlit.models.assemble import model_spec
 from vlit.models.flops import matmul_peak
 from vlit.models.tuning import rows_as_dicts
 from vlit.train.checkpoint import Position, check_identity
+from vlit.train.cluster.lock import OutputLock
+from vlit.train.cluster.preflight import data_identities, preflight
+from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import Ranks, compute_dtype, effective_strategy, start_ranks
 from vlit.train.engine import Engine
 from vlit.train.identity import open_mixture, stage_identity
-from vlit.train.lock import OutputLock
 from vlit.train.metrics import format_seconds
-from vlit.train.preflight import preflight
 from vlit.train.prepare import Tuned, make_engine, model_of_stage
 from vlit.train.sharing import share_at_most
+from vlit.train.signals import stop_requests
 from vlit.train.stage import WITHOUT_LIMIT, StageRun, Tools, train_stage
-from vlit.train.watchdog import Watchdog
 
 
 def run_training(run: RunConfig, *, only: str | None = None) -> Path:
@@ -45,13 +47,17 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
     if only is not None and only not in run.stages:
         raise TrainingError(f"--stage {only}: this configuration has no such stage. Known: {', '.join(run.stages)}.")
     _refuse_used(out, run, ranks)
-    with OutputLock(out, ranks), Watchdog(ranks, run.runtime.hang_timeout_s, output_dir=out) as watchdog:
+    with (
+        stop_requests() as stop,
+        OutputLock(out, ranks),
+        Watchdog(ranks, run.runtime.hang_timeout_s, output_dir=out) as watchdog,
+    ):
         watchdog.phase("start", allow_s=WITHOUT_LIMIT)
-        return _run_stages(run, ranks, watchdog, only)
+        return _run_stages(run, Tools(ranks, watchdog, _start_trackers(run, out, ranks), stop, 0.0), only)
 
 
-def _run_stages(run: RunConfig, ranks: Ranks, watchdog: Watchdog, only: str | None) -> Path:
-    out = Path(run.output_dir)
+def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
+    out, ranks, watchdog = Path(run.output_dir), tools.ranks, tools.watchdog
     ranks.on_main(
         lambda: replace_file(out / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
     )
@@ -63,10 +69,13 @@ def _run_stages(run: RunConfig, ranks: Ranks, watchdog: Watchdog, only: str | No
             f"runtime.strategy {run.runtime.strategy}: one process has nobody to share with, so it runs without ZeRO",
         )
     spec = model_spec(run.model)  # a missing or misfit part ends the run here, before data is read
-    tools = Tools(ranks, watchdog, _start_trackers(run, out, ranks), 0.0)
+    if run.runtime.preflight:
+        watchdog.phase("preflight", allow_s=WITHOUT_LIMIT)
+        # one process meets a bad dataset below, as the DataError it is
+        identities, problems = data_identities(run, ranks) if ranks.world_size > 1 else ({}, [])
+        preflight(run, ranks, identities=identities, problems=problems)
     identity: Any = None
     folder: Path | None = None
-    checked = False
     for name in run.stages:
         watchdog.phase("open data", step=0, allow_s=WITHOUT_LIMIT)
         mixture = open_mixture(run, name, progress=ranks.is_main)
@@ -88,13 +97,10 @@ def _run_stages(run: RunConfig, ranks: Ranks, watchdog: Watchdog, only: str | No
         tokenizer = SampleTokenizer(spec, data)
         total = mixture.total_steps(config.epochs, global_batch=config.global_batch, max_steps=config.max_steps)
         _write_plan(out, name, mixture, tokenizer, run, total, ranks)
-        if run.runtime.preflight and not checked:
-            watchdog.phase("preflight", collective=True, allow_s=WITHOUT_LIMIT)
-            preflight(run, ranks, identities={source.name: source.content_hash for source in mixture.sources})
-            checked = True
         watchdog.phase("load weights", allow_s=WITHOUT_LIMIT)
         tuned = model_of_stage(run, name, previous / "model" if previous else None, dtype, strategy, ranks)
         _print_parts(tuned, name, out, ranks)
+        ranks.on_main(partial(_check_room, folder, tuned, config))
         tools.peak = tools.peak or matmul_peak(ranks.device, dtype)
         engine = make_engine(tuned, run, name, dtype, strategy, ranks)
         stage = StageRun(name, config, folder, mixture, tokenizer, total, identity, strategy)
@@ -119,6 +125,19 @@ def _refuse_used(out: Path, run: RunConfig, ranks: Ranks) -> None:
     )
     if ranks.max([int(used)])[0]:
         raise CheckpointError(f"{out} holds a run and resume is never. Use another output_dir or resume: auto.")
+
+
+def _check_room(folder: Path, tuned: Tuned, config: StageConfig) -> None:
+    """CheckpointError when the disk cannot hold the stage's checkpoints (one more than are kept) and its model."""
+    state = 12 * sum(row.trainable for row in tuned.rows)  # fp32 master and two optimizer states
+    model = sum(4 * row.parameters for row in tuned.rows if row.trainable)
+    needed, free = state * (config.checkpoint.keep + 1) + model, free_bytes(folder)
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {config.checkpoint.keep} checkpoints of {state / 1e9:,.2f} GB, one being written and the model need "
+            f"{needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free. Free some space, set checkpoint.keep lower, or use "
+            "another output_dir."
+        )
 
 
 def _finish(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,12 +20,21 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Signals that arrived; a second SIGINT interrupts at once. Handlers are put back at the end."""
+    """The first signal that asked to stop, once one has; handlers are put back at the end.
+
+    Schedulers and launchers send theirs several times, which is one request. A second SIGINT is a person who does not want
+    to wait: it interrupts at once. Outside the main thread nothing is watched.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        if received:
+            if signum == signal.SIGINT == received[0]:
+                raise KeyboardInterrupt
+            return
         received.append(signum)
         print(f"\n{signal.Signals(signum).name}: finishing this step, then saving", file=sys.stderr)
 

@@ -18,15 +18,15 @@ from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import TrainingError
 from vlit.models.flops import UsefulFlops
 from vlit.train.checkpoint import Position, check_identity, clear_leftovers, newest_state, restore_state
+from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import Ranks, seed_step
 from vlit.train.engine import Engine
 from vlit.train.metrics import MetricsFile, Progress, log_line, memory_used
 from vlit.train.optimizer import learning_rate_factor
 from vlit.train.saving import FAILED, WRITING, StateSaver
-from vlit.train.signals import Interrupted, stop_requests
+from vlit.train.signals import Interrupted
 from vlit.train.step import StepResult, train_step
 from vlit.train.validate import Validator
-from vlit.train.watchdog import Watchdog
 from vlit.types import StepBatch
 
 
@@ -51,6 +51,7 @@ class Tools:
     ranks: Ranks
     watchdog: Watchdog
     trackers: list[Any]
+    stop: list[int]  # the signal that asked to stop, once one has
     peak: float  # matmul FLOP/s of one rank
 
 
@@ -92,7 +93,7 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
     )
     saver = StateSaver(stage.folder / "state", stage.identity, config.checkpoint, ranks, stage.strategy)
     started = saved_at = time.monotonic()
-    with saver, stop_requests() as stop:
+    with saver:
         clock = time.perf_counter()
         watchdog.phase("data", step=position.step + 1, allow_s=FIRST_STEP_S)
         for batch in loader:
@@ -147,7 +148,7 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
             timed = config.checkpoint.every_minutes is not None and minutes >= config.checkpoint.every_minutes
             status = saver.status()
             signum, timed_anywhere, writing, failed = ranks.max(
-                [stop[0] if stop else 0, int(timed), int(status == WRITING), int(status == FAILED)]
+                [tools.stop[0] if tools.stop else 0, int(timed), int(status == WRITING), int(status == FAILED)]
             )
             saver.settle(writing=bool(writing), failed=bool(failed))
             if not last and (signum or timed_anywhere or position.step % config.checkpoint.every_steps == 0):
@@ -157,6 +158,7 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
             if signum and not last:
                 saver.finish()
                 progress.close()
+                ranks.barrier()  # the first rank that ends makes torchrun signal the others
                 raise Interrupted(signum)
             clock = time.perf_counter()
             watchdog.phase("data", step=position.step + 1)

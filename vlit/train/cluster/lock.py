@@ -26,8 +26,8 @@ from types import TracebackType
 from typing import Any
 
 from vlit.errors import CheckpointError
+from vlit.train.cluster.peers import is_running
 from vlit.train.distributed import Ranks
-from vlit.train.peers import is_running
 
 LOCK_FILE = ".lock"
 _HELD: set[Path] = set()  # a process does not conflict with its own record locks

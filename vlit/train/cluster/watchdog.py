@@ -24,10 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from vlit.train.cluster.exit_codes import EXIT_HANG, RankLostError
+from vlit.train.cluster.hang_report import culprits, hang_report, name_of
+from vlit.train.cluster.peers import Board, Peer
 from vlit.train.distributed import Ranks
-from vlit.train.exit_codes import EXIT_HANG, RankLostError
-from vlit.train.hang_report import culprits, hang_report, name_of
-from vlit.train.peers import Board, Peer
 
 _LOST_CONNECTION = ("peer", "gloo", "nccl", "connection", "timed out", "broken pipe", "tcpstore", "collective")
 

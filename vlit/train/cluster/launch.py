@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vlit.train.exit_codes import EXIT_BUG, EXIT_CODES
+from vlit.train.cluster.exit_codes import EXIT_BUG, EXIT_CODES
 
 PATIENCE_S = 600
 """How long processes may take to end after a signal; schedulers kill much earlier."""

@@ -21,11 +21,11 @@ import torch
 
 from vlit.config.schema import RunConfig
 from vlit.errors import TrainingError, VlitError
-from vlit.train import collectives, comparison, facts
-from vlit.train.comparison import ranks_text, size
+from vlit.train.cluster import collectives, comparison, facts
+from vlit.train.cluster.comparison import ranks_text, size
+from vlit.train.cluster.meeting import Meeting
 from vlit.train.distributed import Ranks
 from vlit.train.identity import open_mixture
-from vlit.train.meeting import Meeting
 
 PROBE = ".preflight"
 
@@ -35,7 +35,7 @@ class PreflightReport:
     """What was found, the same on every rank."""
 
     ranks: tuple[Mapping[str, Any], ...]
-    """The facts of each rank (`vlit.train.facts`)."""
+    """The facts of each rank (`vlit.train.cluster.facts`)."""
     warnings: tuple[str, ...]
     backend: str
     gb_per_s: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlit.train.peers import Peer
+from vlit.train.cluster.peers import Peer
 
 _SHOWN = 32  # rows of the table
 _NOBODY = (
