@@ -59,7 +59,7 @@ def described(config: ModelConfig, parts: Path | None = None) -> Iterator[tuple[
         changed: dict[str, Any] = {"init_from": None}
         for part, keys in KEYS.items():
             held = getattr(config, part)
-            new = {}
+            new: dict[str, str | None] = {}
             for key in keys:
                 name = getattr(held, key, None)
                 if name is None:

@@ -71,6 +71,11 @@ def as_text(plan: RunPlan) -> str:
     lines = [f"{plan.cluster.describe()}: {device.memory / GIB:.1f} GiB each, {peak}; computing in {plan.precision}"]
     if device.kind == "cuda":
         lines.append(f"{NOTE} Products run at {100 * plan.share:.0f} % of the peak (--share).")
+    else:
+        lines.append(
+            "Memory is what a step holds. Training keeps freed memory (vlit.train.distributed.keep_freed_memory), so a process "
+            "grows larger: 1.2 to 2.1 times in docs/measurements/memory_cpu.json."
+        )
     lines += [f"{source['key']} {source['name']}: {source['found']}" for source in plan.sources]
     for stage in plan.stages:
         lines += ["", *_stage_lines(plan, stage)]

@@ -235,9 +235,9 @@ def _assumed(run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed, reas
     tokens = min(tokens, data.max_tokens)
     total = config.max_steps or max(1, math.ceil(round(config.epochs * records, 6) / config.global_batch))
     names = ", ".join(Path(source.path).name for source in config.data)
-    source = "the command line" if assumed.any else f"published averages of {names}, because {reason}"
+    said = "the command line" if assumed.any else f"published averages of {names}, because {reason}"
     step = _synthetic(config.global_batch, text, images, supervised, spec.tokens_per_view, data.max_tokens)
-    return Workload(source, records, total, config.global_batch, (step,))
+    return Workload(said, records, total, config.global_batch, (step,))
 
 
 def _synthetic(
