@@ -13,6 +13,9 @@ from vlit.config.schema import RunConfig
 from vlit.errors import ConfigError
 from vlit.registry import load_plugins
 
+_MAX_LINE = 1500
+"""Longest line of an error; a value of a thousand digits says no more than its ends."""
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML file as a dict, its ``extends:`` parent (relative to the file) merged below it. Cycles are errors."""
@@ -162,4 +165,5 @@ def _explain(error: Any, name: str, origins: dict[str, str]) -> str:
             source = origins[probe]
             break
         probe = probe.rpartition(".")[0]
-    return f"{source}: {where}: {message}" if where else f"{source}: {message}"
+    line = f"{source}: {where}: {message}" if where else f"{source}: {message}"
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} … {line[-_MAX_LINE // 2 :]}"

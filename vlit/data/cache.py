@@ -1,10 +1,12 @@
-"""Where dataset indexes are kept, also on machines whose home folder cannot be written."""
+"""Where dataset indexes are kept, also on machines whose home folder cannot be written, and how several processes share it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,3 +58,22 @@ def _make(folder: Path) -> str | None:
 @lru_cache(maxsize=8)
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write aside, then rename: whole or absent."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Exclusive among the processes of this machine. Freed by the system when its holder dies."""
+    with path.open("w") as file:
+        # systems and file systems without locks: the rename still keeps the result whole
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vlit.data.cache import writable_cache
+from vlit.data.cache import lock, writable_cache, write_atomically
 from vlit.data.formats._base import BadRow, FormatConfig, Row, place_of
 from vlit.data.progress import phase
 from vlit.errors import DataError
@@ -67,7 +67,7 @@ def build_or_open_index(
     base = folder / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     info = _read_info(base)
     if info is None:
-        with _lock(base.with_suffix(".lock")):
+        with lock(base.with_suffix(".lock")):
             info = _read_info(base)  # another process may have built it while this one waited
             if info is None:
                 info = _build(path, base, format=format, content_hash=content_hash, progress=progress)
@@ -189,7 +189,7 @@ def _build(path: Path, base: Path, *, format: FormatConfig, content_hash: str, p
         "seconds": round(time.perf_counter() - started, 2),
         "bad": bad_rows,
     }
-    _write_atomically(base.with_suffix(".json"), json.dumps(meta).encode())
+    write_atomically(base.with_suffix(".json"), json.dumps(meta).encode())
     info = _read_info(base)
     if info is None:
         raise DataError(f"{base}.json: written but not readable. Check the disk under data.cache_dir.")
@@ -292,23 +292,5 @@ def _content_hash(path: Path, folder: Path, *, progress: bool) -> str:
             digest.update(chunk)
             report(len(chunk))
     with contextlib.suppress(OSError):
-        _write_atomically(memo, json.dumps({"signature": signature, "hash": digest.hexdigest()}).encode())
+        write_atomically(memo, json.dumps({"signature": signature, "hash": digest.hexdigest()}).encode())
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Exclusive among the processes of this machine. Freed by the system when its holder dies."""
-    with path.open("w") as file:
-        # systems and file systems without locks: the rename still keeps the result whole
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

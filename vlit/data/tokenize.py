@@ -215,8 +215,8 @@ class SampleTokenizer:
         if size is not None and token_id >= size:
             raise ModelError(
                 f"data.template {self.template.type}: its token {token!r} has the id {token_id} in the tokenizer "
-                f'"{self.spec.tokenizer_path}", the language model has {size} embeddings (its vocab_size). Set data.template to '
-                "one made for this model, or model.llm.tokenizer to the model's own."
+                f'"{self.spec.tokenizer_path}", the language model has {size} embeddings (its vocab_size). Set '
+                "data.template to one made for this model, or model.llm.tokenizer to the model's own."
             )
         return token_id
 
