@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 Kind = Literal["cpu", "cuda"]
-_planned: Kind = "cpu"
+_planned: Kind | None = None
 
 
 @contextmanager
@@ -29,5 +29,5 @@ def planned_for(kind: Kind) -> Iterator[None]:
 
 
 def device_kind(tensor: Tensor) -> str:
-    """``cpu``, ``cuda``, ...: the tensor's own device, or what a meta tensor stands for."""
-    return _planned if tensor.is_meta else tensor.device.type
+    """``cpu``, ``cuda``, ...: the tensor's own device, or what a meta tensor stands for inside :func:`planned_for`."""
+    return _planned if _planned is not None and tensor.is_meta else tensor.device.type
