@@ -109,7 +109,7 @@ PROPERTIES = [
         "images: any size in the header",
         st.tuples(st.sampled_from(("png", "jpeg", "gif", "bmp")), sizes, sizes).map(header),
         check_file,
-        60,
+        30,
     ),
     Property("images: any bytes", st.binary(max_size=60), check_file, 60),
 ]
