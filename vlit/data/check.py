@@ -70,10 +70,10 @@ def check_supervision(
         source = mixture.sources[number]
         try:
             sample = tokenizer.tokenize(source.sample(record))
+            files = [str(source.image_path(image)) for image in sample.images]
         except DataError as error:
             failed.append(f"{source.place(record)}: {error}")
             continue
-        files = [str(source.image_path(image)) for image in sample.images]
         steps.setdefault(position // global_batch, []).append((sample, files))
         lengths.append(len(sample))
         supervised += sample.num_label_tokens

@@ -9,10 +9,11 @@ resuming is ``start_step``.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlit.config.schema import DataConfig
 from vlit.data.collate import collate
 from vlit.data.images import load_view
+from vlit.data.load_workers import Whereabouts, cause_of, init_worker
 from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
 from vlit.data.share import Tree, share_prefixes, single
@@ -42,6 +44,7 @@ def resolve_num_workers(setting: int | str) -> int:
 class _Fetched:
     """A step on its way out of a worker. ``error`` replaces an exception, whose traceback would bury the message."""
 
+    step: int
     batch: StepBatch | None
     bad: list[tuple[int, int, QuarantineEntry]]  # source, record number in it
     error: str | None = None
@@ -88,6 +91,7 @@ class StepLoader:
         self._mixture = mixture
         self._quarantine_path = quarantine_path
         self._bad: dict[int, set[int]] = {}
+        self._running: Any = None
         self._steps = _Steps(
             mixture, tokenizer, data,
             global_batch=global_batch, micro_batch_tokens=micro_batch_tokens, rank=rank, world_size=world_size,
@@ -101,6 +105,7 @@ class StepLoader:
         return self._checked(self._steps[step])
 
     def __iter__(self) -> Iterator[StepBatch]:
+        self._steps.at = Whereabouts(self.num_workers) if self.num_workers else None
         loader: DataLoader[_Fetched] = DataLoader(
             self._steps,
             batch_size=None,
@@ -108,11 +113,40 @@ class StepLoader:
             num_workers=self.num_workers,
             prefetch_factor=2 if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_init_worker,
+            worker_init_fn=init_worker,
             generator=torch.Generator(),  # the global one decides dropout, and a resumed run must find it untouched
         )
-        for fetched in loader:
-            yield self._checked(fetched)
+        self._running = iter(loader)
+        with self.naming_lost_workers():
+            for fetched in self._running:
+                yield self._checked(fetched)
+
+    @contextmanager
+    def naming_lost_workers(self) -> Iterator[None]:
+        """To be held around the loop over the steps, since torch raises its error about a dead worker at any line there.
+
+        Raises:
+            DataError: a worker process died; names what it died of and the step and record it was at.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            lost = [
+                f"data worker {number} (pid {process.pid}) {self._place_of(number)} {cause_of(process.exitcode)}"
+                for number, process in enumerate(getattr(self._running, "_workers", ()))
+                if process.exitcode
+            ]
+            raise DataError(f"{'; '.join(lost) or error}. Run the same command again to resume.") from error
+
+    def _place_of(self, worker: int) -> str:
+        assert self._steps.at is not None
+        step, number, record = self._steps.at.of(worker)
+        if step < 0:
+            return "before its first step"
+        where = f"at {self._mixture.sources[number].place(record)}, " if number >= 0 else ""
+        return f"{where}in step {step + 1},"
 
     def _checked(self, fetched: _Fetched) -> StepBatch:
         if fetched.error is not None or fetched.batch is None:
@@ -148,20 +182,28 @@ class _Steps(Dataset[_Fetched]):
         self.micro_batch_tokens = micro_batch_tokens
         self.rank = rank
         self.world_size = world_size
+        self.at: Whereabouts | None = None
 
     def __getitem__(self, step: int) -> _Fetched:
         try:
             return self._make(step)
         except VlitError as error:
-            return _Fetched(None, [], error=str(error))
+            return _Fetched(step, None, [], error=str(error))
+        finally:
+            self._note(step)
+
+    def _note(self, step: int, source: int = -1, record: int = -1) -> None:
+        if self.at is not None:
+            self.at.note(step, source, record)
 
     def _make(self, step: int) -> _Fetched:
         records = self.mixture.step_records(step, self.global_batch)
         result = StepBatch(step=step, micro_batches=[])
-        fetched = _Fetched(result, [])
+        fetched = _Fetched(step, result, [])
         samples: dict[int, TokenizedSample] = {}
         for place, (number, record) in enumerate(records):
             source = self.mixture.sources[number]
+            self._note(step, number, record)
             try:
                 samples[place] = self.tokenizer.tokenize(source.sample(record))
             except DataError as error:
@@ -219,6 +261,7 @@ class _Steps(Dataset[_Fetched]):
         own: list[np.ndarray] = []
         for place in tree.members:
             images = samples[place].images
+            self._note(fetched.step, *records[place])
             try:
                 if tree.prefix_images and not shared:
                     shared = views(place, images[: tree.prefix_images])
@@ -240,17 +283,3 @@ class _Steps(Dataset[_Fetched]):
         if report and fetched.batch is not None:
             fetched.bad.append((number, record, source.quarantine_entry(record, reason)))
             fetched.batch.quarantined.append((place, reason))
-
-
-ORPHAN_SECONDS = 600
-"""How long a data worker outlives a SIGTERM, so that its training process can finish the step and save."""
-
-
-def _init_worker(worker: int) -> None:
-    """Single-threaded, and deaf to what asks the run to stop: torchrun and Slurm signal whole process groups, and a data worker
-    that dies takes the training process with it before the checkpoint is written. A worker ends when its parent does."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(ORPHAN_SECONDS))

@@ -237,7 +237,11 @@ def _probe_images(source: RecordSource, *, strict: bool) -> None:
     for index in [row for offset in range(4) for row in spread[offset::4]]:  # first pass over the whole file
         for image in source.sample(index).images[:1]:
             looked += 1
-            path = source.image_path(image)
+            try:
+                path = source.image_path(image)
+            except DataError as error:
+                missing.append(f"{source.place(index)}: {error}")
+                continue
             if not path.is_file():
                 missing.append(f"{source.place(index)}: {path}")
         if looked >= NUM_PROBED:

@@ -1,7 +1,7 @@
 """Resumable checkpoints: every rank writes its share aside, the folder is renamed when all are on the disk, old ones rotate.
 
 ``<stage>/state/step-N/`` holds one safetensors file a rank with the fp32 masters and optimizer states it is responsible for
-(:mod:`vlit.train.fragments`), and ``state.json`` with the position, the identity of the stage and every file's sha256. No
+(:mod:`vlit.train.fragments`), and ``state.json`` with the position, the identity of the stage, every file's sha256 and its own. No
 random-number states: every step seeds its own (:func:`vlit.train.distributed.seed_step`), and the order of the data is a
 function of (sizes, seed, epoch). So one format serves every strategy and number of ranks, and nothing in it is pickled.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ from typing import Any
 
 import torch
 
-from vlit.durable import file_sha256, plain, recover_folder, replace_file, replace_folder, write_file
+from vlit.durable import (
+    file_sha256,
+    plain,
+    read_sealed,
+    recover_folder,
+    replace_file,
+    replace_folder,
+    sealed,
+    write_file,
+)
 from vlit.errors import CheckpointError
 from vlit.train.distributed import Ranks
 from vlit.train.engine import Engine
@@ -93,12 +103,22 @@ def commit(
     }
     for path in aside.glob("rank-*.json"):
         path.unlink()
-    write_file(aside / "state.json", [json.dumps(state, indent=2).encode()])
+    write_file(aside / "state.json", [sealed(state).encode()])
     final = root / f"step-{position.step}"
     replace_folder(aside, final)
-    for old in by_step(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
+        _delete_old(root, position.step, keep)
     return final
+
+
+def _delete_old(root: Path, step: int, keep: int) -> None:
+    """Keep the newest ``keep`` up to ``step``. Those of later steps were there, and not usable, when this run began: they do
+    not count, and go when the run has come to their step."""
+    for old in [folder for folder in by_step(root) if _step_of(folder) <= step][keep:]:
+        aside = aside_folder(root, _step_of(old))
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(old, aside)  # first of all, so that one deleted by half is never taken for a damaged checkpoint
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def clear_leftovers(root: Path) -> None:
@@ -110,28 +130,47 @@ def clear_leftovers(root: Path) -> None:
 
 
 def newest_state(root: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
-    """Newest intact checkpoint and its ``state.json``; damaged ones are named on stderr and passed over.
+    """Newest intact checkpoint and its ``state.json``; damaged ones are named on stderr and passed over. None: there are none.
 
     The ranks share the work of checking the files, and all come to the same answer.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged. Training again from the start would delete what may still
+            be mended, and waste the time, so that is left to be decided.
     """
+    damaged: list[str] = []
     for folder in ranks.share(by_step(root)):
         problems = [problem for problem in ranks.gather(_problem(folder, ranks)) if problem]
         if not problems:
-            return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return folder, read_sealed(folder / "state.json")
+        damaged.append(f"{folder.name} ({problems[0]})")
         if ranks.is_main:
             print(
                 f"warning: checkpoint {folder} is not usable ({problems[0]}); trying the one before it.",
                 file=sys.stderr,
             )
+    if damaged:
+        raise CheckpointError(
+            f"{root}: none of its checkpoints is usable: {', '.join(damaged)}. Put an intact copy back, or delete this folder to "
+            "train the stage from its beginning."
+        )
     return None
 
 
-def restore_state(folder: Path, state: dict[str, Any], engine: Engine, expected: set[str]) -> Position:
-    """Load a checkpoint into ``engine``. ``expected``: names of the parameters this stage trains."""
+def restore_state(folder: Path, state: dict[str, Any], engine: Engine) -> Position:
+    """Load a checkpoint into ``engine``. CheckpointError when it is one of other weights."""
     reader = FragmentReader([folder / name for name in state["files"]])
-    if reader.parameters != expected:
-        odd = sorted(reader.parameters ^ expected)[:3]
+    expected = {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in engine.model.named_parameters()
+        if parameter.requires_grad
+    }
+    if reader.parameters != set(expected):
+        odd = sorted(reader.parameters ^ set(expected))[:3]
         raise CheckpointError(f"{folder}: holds other trainable weights than this configuration, for example {odd}.")
+    for name, shape in expected.items():
+        if reader.shapes[name] != shape:
+            raise CheckpointError(f"{folder}: {name} is {reader.shapes[name]} there, this configuration has {shape}.")
     position = Position(**state["position"])
     engine.restore(reader, position.updates)
     return position
@@ -177,19 +216,28 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 def by_step(root: Path) -> list[Path]:
     """Folders of complete checkpoints, the newest first."""
     found = [p for p in root.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
+    return sorted(found, key=lambda p: -_step_of(p))
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _problem(folder: Path, ranks: Ranks) -> str | None:
     """What is wrong with this rank's share of the files."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.get("format") != FORMAT:
-            return f"it has format {state.get('format')}, this vlit reads format {FORMAT}"
+        held = json.loads((folder / "state.json").read_bytes())
+        if held["format"] != FORMAT:
+            return f"it has format {held['format']}, this vlit reads format {FORMAT}"
+        state = read_sealed(folder / "state.json")
         for name, digest in list(state["files"].items())[ranks.rank :: ranks.world_size]:
             if "/" in name or file_sha256(folder / name) != digest:
                 return f"{name} does not match its checksum"
         Position(**state["position"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError):
+        return "state.json does not match its checksum"
     return None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlit.durable import write_file
@@ -38,8 +38,8 @@ class Fragment:
 
     @property
     def key(self) -> str:
-        """Name of the range in its file."""
-        return f"{self.kind}|{self.parameter}"
+        """Name of the range in its file, which may hold several of one tensor."""
+        return f"{self.kind}|{self.parameter}|{self.start}"
 
     def copied(self) -> Fragment:
         """The same with values in host memory of their own, so that training may go on changing the original."""
@@ -59,7 +59,7 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> str:
     safetensors' own writer needs the whole file in memory once more or gives no checksum; the format is a length, a JSON
     header and the raw little-endian values (https://github.com/huggingface/safetensors#format).
     """
-    header: dict[str, Any] = {"__metadata__": {f.key: json.dumps([f.start, list(f.shape)]) for f in fragments}}
+    header: dict[str, Any] = {"__metadata__": {f.key: json.dumps(list(f.shape)) for f in fragments}}
     offset = 0
     for f in fragments:
         end = offset + 4 * f.values.numel()
@@ -81,6 +81,7 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> str:
 @dataclass(frozen=True, slots=True)
 class _Held:
     path: Path
+    key: str
     start: int
     numel: int
 
@@ -93,25 +94,15 @@ class FragmentReader:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._places: dict[str, list[_Held]] = {}
+        self._folder = files[0].parent if files else Path()
+        self._places: dict[tuple[str, str], list[_Held]] = {}  # by kind and parameter, in the order of their starts
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.kinds: set[str] = set()
         self._open: dict[Path, Any] = {}
         for path in files:
-            handle = self._open[path] = safe_open(str(path), framework="pt")
-            for key, raw in (handle.metadata() or {}).items():
-                start, shape = json.loads(raw)
-                kind, _, parameter = key.partition("|")
-                if self.shapes.setdefault(parameter, tuple(shape)) != tuple(shape):
-                    raise CheckpointError(
-                        f"{path}: {parameter} is {shape}, another file says {self.shapes[parameter]}."
-                    )
-                self.kinds.add(kind)
-                numel = handle.get_slice(key).get_shape()[0]
-                self._places.setdefault(key, []).append(_Held(path, start, numel))
-        for key, held in self._places.items():
+            self._index(path)
+        for (kind, parameter), held in self._places.items():
             held.sort(key=lambda place: place.start)
-            whole = math.prod(self.shapes[key.partition("|")[2]])
+            whole = math.prod(self.shapes[parameter])
             end = 0
             for place in held:
                 if place.start > end:
@@ -119,23 +110,51 @@ class FragmentReader:
                 end = max(end, place.start + place.numel)
             if end < whole:
                 raise CheckpointError(
-                    f"{files[0].parent}: values {end} to {whole} of {key} are in none of its {len(files)} files. All files "
-                    "of a checkpoint must lie in its folder: output_dir must be on a file system that all machines share."
+                    f"{self._folder}: values {end} to {whole} of the {kind} of {parameter} are in none of its {len(files)} "
+                    "files. All files of a checkpoint must lie in its folder: output_dir must be on a file system that all "
+                    "machines share."
                 )
+
+    def _index(self, path: Path) -> None:
+        try:
+            handle = self._open[path] = safe_open(str(path), framework="pt")
+            shapes = {key: tuple(json.loads(raw)) for key, raw in (handle.metadata() or {}).items()}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+        for key, shape in shapes.items():
+            kind, parameter, start = key.split("|")
+            if self.shapes.setdefault(parameter, shape) != shape:
+                raise CheckpointError(f"{path}: {parameter} is {shape}, another file says {self.shapes[parameter]}.")
+            numel = handle.get_slice(key).get_shape()[0]
+            self._places.setdefault((kind, parameter), []).append(_Held(path, key, int(start), numel))
 
     @property
     def parameters(self) -> set[str]:
         """Names of the parameters that have a master."""
-        return {key.partition("|")[2] for key in self._places if key.startswith(f"{MASTER}|")}
+        return {parameter for kind, parameter in self._places if kind == MASTER}
 
     def range(self, parameter: str, kind: str, start: int, numel: int) -> Tensor:
-        """fp32 [numel]: values ``start … start + numel - 1`` of the flattened tensor."""
+        """fp32 [numel]: values ``start … start + numel - 1`` of the flattened tensor.
+
+        Raises:
+            CheckpointError: the checkpoint holds no such state, as when another optimizer wrote it.
+        """
+        held = self._places.get((kind, parameter))
+        if held is None:
+            raise CheckpointError(
+                f"{self._folder}: holds no {kind} of {parameter}. Was it written with another optimizer?"
+            )
+        if start < 0 or start + numel > math.prod(self.shapes[parameter]):
+            raise CheckpointError(
+                f"{self._folder}: values {start} to {start + numel} of {parameter} were asked for, it is "
+                f"{self.shapes[parameter]}."
+            )
         out = torch.empty(numel)
-        for place in self._places[f"{kind}|{parameter}"]:
+        for place in held:
             lo, hi = max(start, place.start), min(start + numel, place.start + place.numel)
             if lo < hi:
-                held = self._open[place.path].get_slice(f"{kind}|{parameter}")
-                out[lo - start : hi - start] = held[lo - place.start : hi - place.start]
+                values = self._open[place.path].get_slice(place.key)
+                out[lo - start : hi - start] = values[lo - place.start : hi - place.start]
         return out
 
     def whole(self, parameter: str, kind: str = MASTER) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from vlit.config.schema import RunConfig
 from vlit.data.doctor.manifest import manifest_of
 from vlit.data.mixture import Mixture
+from vlit.data.sharing import share_at_most
 from vlit.data.source import RecordSource, open_source
-from vlit.train.sharing import share_at_most
 
 FREE = ("validation", "checkpoint", "max_non_finite_steps")
 """Settings of a stage that do not change what it computes; nothing under ``runtime`` but the precision does either."""
@@ -37,7 +37,7 @@ def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture[Recor
 
 
 def stage_identity(
-    run: RunConfig, stage: str, mixture: Mixture[RecordSource], dtype: torch.dtype, previous: Any
+    run: RunConfig, stage: str, mixture: Mixture[RecordSource], tokenizer: str, dtype: torch.dtype, previous: Any
 ) -> dict[str, Any]:
     """All that decides what the stage's result is: a checkpoint or finished stage of another identity is refused."""
     config = run.stages[stage].model_dump(mode="json")
@@ -47,6 +47,7 @@ def stage_identity(
     data = run.data_for(stage).model_dump(mode="json")
     return {
         "model": run.model.model_dump(mode="json"),
+        "tokenizer": tokenizer,
         "share_at_most": mixture.share_at_most,
         "data": {k: data[k] for k in ("template", "image_policy", "exact_pixels", "max_tokens", "on_bad_sample")},
         "stage": config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+from vlit.durable import describe_os_error
 
 
 def format_count(value: float) -> str:
@@ -61,6 +64,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting, self._told = "", False
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def keep_until(self, stage: str, step: int) -> None:
@@ -80,9 +84,20 @@ class MetricsFile:
         os.replace(aside, self.path)
 
     def append(self, row: dict[str, Any]) -> None:
-        """One row, flushed."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """One row, flushed. On a full disk it waits for the next one: training does not end for want of a line."""
+        self._waiting += json.dumps(row) + "\n"
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            if not self._told:
+                print(f"warning: {describe_os_error(error, self.path)}; its lines are kept for later.", file=sys.stderr)
+            self._told = True
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # no half line
+            return
+        self._waiting, self._told = "", False
 
 
 class Progress:

@@ -15,8 +15,10 @@ import yaml
 from vlit import __version__
 from vlit.config.schema import RunConfig, StageConfig
 from vlit.data.check import check_supervision
+from vlit.data.sharing import share_at_most
 from vlit.data.tokenize import SampleTokenizer
-from vlit.durable import describe_os_error, free_bytes, plain, recover_folder, replace_file
+from vlit.data.vocabulary import fingerprint_of
+from vlit.durable import describe_os_error, free_bytes, plain, read_sealed, recover_folder, replace_file, sealed
 from vlit.errors import CheckpointError, TrainingError
 from vlit.models.artifact import read_manifest, save_model
 from vlit.models.assemble import model_spec
@@ -31,7 +33,6 @@ from vlit.train.engine import Engine
 from vlit.train.identity import open_mixture, stage_identity
 from vlit.train.metrics import format_seconds
 from vlit.train.prepare import Tuned, make_engine, model_of_stage
-from vlit.train.sharing import share_at_most
 from vlit.train.signals import stop_requests
 from vlit.train.stage import WITHOUT_LIMIT, StageRun, Tools, train_stage
 
@@ -79,11 +80,14 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
     for name in run.stages:
         watchdog.phase("open data", step=0, allow_s=WITHOUT_LIMIT)
         mixture = open_mixture(run, name, progress=ranks.is_main)
-        identity = stage_identity(run, name, mixture, dtype, _digest(identity))
+        data, config = run.data_for(name), run.stages[name]
+        tokenizer = SampleTokenizer(spec, data)
+        fingerprint = fingerprint_of(tokenizer.tokenizer)
+        identity = stage_identity(run, name, mixture, fingerprint, dtype, _digest(identity))
         previous, folder = folder, out / name
         done = folder / "done.json"
         if done.is_file():
-            held = json.loads(done.read_text(encoding="utf-8"))
+            held = _read_done(done)
             check_identity(held["identity"], identity, where=done, allow_drift=run.allow_config_drift)
             _say(
                 ranks, f"{name}: already finished ({held['steps']} steps, {format_seconds(held['seconds'])}); skipping"
@@ -93,8 +97,6 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
             raise TrainingError(
                 f"--stage {only}: its predecessor {name} is not finished in {out}. Run without --stage to train it first."
             )
-        data, config = run.data_for(name), run.stages[name]
-        tokenizer = SampleTokenizer(spec, data)
         total = mixture.total_steps(config.epochs, global_batch=config.global_batch, max_steps=config.max_steps)
         _write_plan(out, name, mixture, tokenizer, run, total, ranks)
         watchdog.phase("load weights", allow_s=WITHOUT_LIMIT)
@@ -103,11 +105,12 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
         ranks.on_main(partial(_check_room, folder, tuned, config))
         tools.peak = tools.peak or matmul_peak(ranks.device, dtype)
         engine = make_engine(tuned, run, name, dtype, strategy, ranks)
-        stage = StageRun(name, config, folder, mixture, tokenizer, total, identity, strategy)
+        bases = identity | {"base": tuned.unchanged}  # a base that changed on the disk must not go on from a checkpoint
+        stage = StageRun(name, config, folder, mixture, tokenizer, total, bases, strategy)
         position = train_stage(stage, engine, tuned.flops, run, tools)
         watchdog.phase("write model", allow_s=WITHOUT_LIMIT)
         weights = engine.whole_weights()
-        _finish(tuned, engine, weights, stage, position, run, ranks)
+        _finish(tuned, engine, weights, stage, identity, position, run, ranks)
         engine.close()
         del engine, tuned, weights
         if name == only:
@@ -116,6 +119,15 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
         tracker.finish()
     assert folder is not None
     return folder / "model"
+
+
+def _read_done(path: Path) -> dict[str, Any]:
+    try:
+        return read_sealed(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}). Delete it: the stage then makes its model again from its newest checkpoint."
+        ) from error
 
 
 def _refuse_used(out: Path, run: RunConfig, ranks: Ranks) -> None:
@@ -145,6 +157,7 @@ def _finish(
     engine: Engine,
     weights: dict[str, torch.Tensor],
     stage: StageRun,
+    identity: dict[str, Any],
     position: Position,
     run: RunConfig,
     ranks: Ranks,
@@ -161,7 +174,7 @@ def _finish(
         "torch": torch.__version__,
     }
     rules = {key: data[key] for key in ("template", "image_policy", "exact_pixels", "max_tokens")}
-    done = {"identity": plain(stage.identity), "steps": position.step, "seconds": position.seconds, **info}
+    done = {"identity": plain(identity), "steps": position.step, "seconds": position.seconds, **info}
 
     def write() -> None:
         try:
@@ -177,7 +190,7 @@ def _finish(
                 tokenizer=stage.tokenizer.tokenizer,
                 info=info,
             )
-            replace_file(stage.folder / "done.json", json.dumps(done, indent=2))
+            replace_file(stage.folder / "done.json", sealed(done))
         except OSError as error:
             raise CheckpointError(
                 f"the model of stage {stage.name} was not written: {describe_os_error(error, stage.folder)}. Its checkpoints "

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from vlit.config.schema import CheckpointConfig
-from vlit.durable import describe_os_error, free_bytes
+from vlit.durable import describe_os_error, free_bytes, make_folder
 from vlit.errors import CheckpointError
 from vlit.train.checkpoint import Position, aside_folder, commit, read_notes, write_failure, write_share
 from vlit.train.distributed import Ranks
@@ -49,8 +49,8 @@ class StateSaver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """A run that ends with an error still keeps the checkpoint it was writing."""
-        if self._thread is not None:
+        """A run that ends with an error still keeps the checkpoint it was writing; in order, :meth:`finish` settles it."""
+        if self._thread is not None and error is not None:
             self._thread.join(None if self.ranks.world_size == 1 else _LAST_WAIT_S)
             self._abandoned.set()
             self._thread.join()
@@ -64,6 +64,7 @@ class StateSaver:
             shutil.rmtree(aside, ignore_errors=True)
         self.ranks.barrier()
         self._position, self._problem = replace(position, updates=engine.updates), None
+        self._abandoned.clear()
         if self.config.asynchronous:
             copies = [fragment.copied() for fragment in fragments]
             self._thread = threading.Thread(target=self._write, args=(aside, copies), name="vlit-checkpoint")
@@ -86,13 +87,17 @@ class StateSaver:
         Raises:
             CheckpointError: too many saves in a row have failed.
         """
+        if failed:
+            self._abandoned.set()  # rank 0 need not wait for a note that a rank could not even write
         if self._position is None or writing:
             return
         step, self._position, self._thread = self._position.step, None, None
         if not failed:
             self.failures = 0
             return
-        problem = next(p for p in self.ranks.gather(self._problem) if p)
+        problem = [p for p in self.ranks.gather(self._problem) if p][
+            -1
+        ]  # rank 0's may only say that another's is missing
         self.failures += 1
         if self.ranks.is_main:
             shutil.rmtree(aside_folder(self.root, step), ignore_errors=True)
@@ -109,15 +114,21 @@ class StateSaver:
 
     def finish(self) -> None:
         """Wait for a save that is going on, on all ranks, and settle it."""
-        if self._thread is not None:
-            self._thread.join()
-        failed = self.ranks.max([int(self.status() == FAILED)])[0]
-        self.settle(writing=False, failed=bool(failed))
+        wait = 0.01 if self.ranks.world_size > 1 else None
+        while True:
+            if self._thread is not None:
+                self._thread.join(wait)
+            status = self.status()
+            writing, failed = self.ranks.max([int(status == WRITING), int(status == FAILED)])
+            self.settle(writing=bool(writing), failed=bool(failed))
+            if not writing:
+                return
+            wait = min(1.0, 2 * (wait or 0.01))
 
     def _write(self, aside: Path, fragments: list[Fragment]) -> None:
         needed = num_bytes(fragments)
         try:
-            aside.mkdir(parents=True, exist_ok=True)
+            make_folder(aside)
             if free_bytes(aside) < needed:
                 raise OSError("not enough room")
             write_share(aside, fragments, self.ranks)

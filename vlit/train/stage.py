@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -93,7 +92,7 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
     )
     saver = StateSaver(stage.folder / "state", stage.identity, config.checkpoint, ranks, stage.strategy)
     started = saved_at = time.monotonic()
-    with saver:
+    with saver, loader.naming_lost_workers():
         clock = time.perf_counter()
         watchdog.phase("data", step=position.step + 1, allow_s=FIRST_STEP_S)
         for batch in loader:
@@ -203,8 +202,7 @@ def _resume(stage: StageRun, engine: Engine, run: RunConfig, ranks: Ranks) -> Po
         return Position(step=0)
     folder, state = found
     check_identity(state["identity"], stage.identity, where=folder, allow_drift=run.allow_config_drift)
-    trained = {name for name, parameter in engine.model.named_parameters() if parameter.requires_grad}
-    position = restore_state(folder, state, engine, trained)
+    position = restore_state(folder, state, engine)
     if ranks.is_main:
         before = f", written by {state['world_size']} ranks" if state["world_size"] != ranks.world_size else ""
         print(
@@ -263,9 +261,7 @@ def _report_non_finite(stage: StageRun, batch: StepBatch, result: StepResult, po
         "sample_ids": [sample for row in batch.micro_batches for sample in row.sample_ids],
     }
     path = stage.folder / "non_finite.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    MetricsFile(path).append(record)
     limit = stage.config.max_non_finite_steps
     if ranks.is_main:
         print(f"warning: step {position.step} is not finite and was not applied; see {path}", file=sys.stderr)

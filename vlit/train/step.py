@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlit.data.collate import placeholder_row
+from vlit.errors import TrainingError
 from vlit.models.flops import UsefulFlops
 from vlit.train.distributed import Ranks
 from vlit.train.engine import Engine
@@ -67,10 +69,11 @@ def train_step(
     if engine.lockstep:
         rows = [row if row.num_tokens else placeholder_row(row) for row in batch.micro_batches]
     for number, (row, source_of_target) in enumerate(on_device(rows, ranks.device, sources)):
-        phase("forward", collective=engine.lockstep)
-        loss = engine.loss(row)
-        phase("backward", collective=engine.lockstep)
-        engine.backward(loss.total / labels, last=number == len(rows) - 1)
+        with memory_explained(row):
+            phase("forward", collective=engine.lockstep)
+            loss = engine.loss(row)
+            phase("backward", collective=engine.lockstep)
+            engine.backward(loss.total / labels, last=number == len(rows) - 1)
         by_source.index_add_(0, source_of_target, _with_count(loss.per_position))
     phase("reduce", collective=True)
     if batch.micro_batches:
@@ -100,6 +103,25 @@ def train_step(
             name: total / count for name, (total, count) in zip(sources, by_source.tolist(), strict=True) if count
         },
     )
+
+
+@contextmanager
+def memory_explained(row: PackedBatch) -> Iterator[None]:
+    """Turn an allocation that failed into an error that says what the row holds and which settings need less.
+
+    Raises:
+        TrainingError: instead of torch's OutOfMemoryError, or of the RuntimeError of its allocator for host memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory on a row of {row.num_tokens:,} tokens with {row.num_images} images, {row.num_samples} records and "
+            f"{row.num_label_tokens:,} labels ({str(error).splitlines()[0][:200]}). Lower micro_batch_tokens, set "
+            "gradient_checkpointing: full, or share the weights with runtime.strategy; `vlit plan` says what fits."
+        ) from error
 
 
 def on_device(
