@@ -7,6 +7,7 @@ makes the rename itself durable; without it a file system may forget the new nam
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -54,9 +55,21 @@ def replace_folder(aside: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)
-    os.rename(aside, final)
+    try:
+        os.rename(aside, final)
+    except OSError:
+        recover_folder(final)
+        raise
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder with its parents so that a power cut does not take their names back."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for created in missing:
+        sync_folder(created.parent)
 
 
 def recover_folder(final: Path) -> None:
@@ -102,6 +115,25 @@ def describe_os_error(error: OSError, folder: Path, needed: int | None = None) -
 
 def plain(value: Any) -> Any:
     """``value`` as JSON would give it back (tuples become lists), for comparing with what was read."""
-    import json
-
     return json.loads(json.dumps(value))
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON text of ``content`` with a checksum of itself under ``sha256``."""
+    return json.dumps({**content, "sha256": _json_sha256(plain(content))}, indent=2)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What :func:`sealed` wrote.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or is not what was written.
+    """
+    held = json.loads(path.read_bytes())
+    if not isinstance(held, dict) or held.pop("sha256", None) != _json_sha256(held):
+        raise ValueError(f"{path.name} does not match its checksum")
+    return held
+
+
+def _json_sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,8 @@ the ones the model was trained on. Nothing is decided by a folder's name.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlit.config.schema import DataConfig, ModelConfig, PartTuning
-from vlit.durable import file_sha256, replace_folder, sync_tree
+from vlit.durable import file_sha256, make_folder, replace_folder, sync_tree
 from vlit.errors import CheckpointError, ModelError
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.hub import quiet_progress
@@ -69,36 +71,55 @@ def save_model(
     """
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        make_folder(aside)
+        _write_weights(model, aside, weights, changed=changed, lora=lora)
+        tokenizer.save_pretrained(aside / "tokenizer")
+        config = model.config.model_dump(mode="json")
+        if changed & {"llm", "embeddings"}:
+            config["llm"] = {**config["llm"], "path": "llm"}
+        config["llm"]["tokenizer"] = "tokenizer"
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": _with_absolute_paths(config),
+            "data": data_rules,
+            "spec": asdict(model.spec),
+            "changed": sorted(changed),
+            "lora": {part: tuning.model_dump(mode="json") for part, tuning in lora.items()},
+            "unchanged": {part: digest for part, digest in unchanged.items() if part not in changed},
+            "info": info,
+            "files": {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()},
+        }
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        sync_tree(aside)
+        replace_folder(aside, folder)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)  # half a model would keep a full disk full
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found and not isinstance(error, OSError):  # safetensors and tokenizers say it in words
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
+
+
+def _write_weights(
+    model: VisionLanguageModel,
+    aside: Path,
+    weights: dict[str, Tensor],
+    *,
+    changed: set[str],
+    lora: dict[str, PartTuning],
+) -> None:
     _save(_below(weights, "connector."), aside / "connector.safetensors")
-    config = model.config.model_dump(mode="json")
     if changed & {"llm", "embeddings"}:
         with quiet_progress():
             model.llm.hf.save_pretrained(aside / "llm", state_dict=_without_lora(_below(weights, "llm.hf.")))
-        config["llm"] = {**config["llm"], "path": "llm"}
     if "vision" in changed:
         _save(_without_lora(_below(weights, "encoder.")), aside / "vision.safetensors")
     for part, prefix in {"llm": "llm.hf.", "vision": "encoder."}.items():
         if part in lora:
             adapters = {n: t for n, t in _below(weights, prefix).items() if LORA_MARK in n}
             _save(adapters, aside / f"{part}_lora.safetensors")
-    tokenizer.save_pretrained(aside / "tokenizer")
-    config["llm"]["tokenizer"] = "tokenizer"
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": _with_absolute_paths(config),
-        "data": data_rules,
-        "spec": asdict(model.spec),
-        "changed": sorted(changed),
-        "lora": {part: tuning.model_dump(mode="json") for part, tuning in lora.items()},
-        "unchanged": {part: digest for part, digest in unchanged.items() if part not in changed},
-        "info": info,
-        "files": {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()},
-    }
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    sync_tree(aside)
-    replace_folder(aside, folder)
 
 
 def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

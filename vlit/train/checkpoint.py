@@ -1,7 +1,7 @@
 """Resumable checkpoints: every rank writes its share aside, the folder is renamed when all are on the disk, old ones rotate.
 
 ``<stage>/state/step-N/`` holds one safetensors file a rank with the fp32 masters and optimizer states it is responsible for
-(:mod:`vlit.train.fragments`), and ``state.json`` with the position, the identity of the stage, every file's sha256 and its own. No
+(:mod:`vlit.train.fragments`), and ``state.json`` with the position, the identity of the stage, every checksum. No
 random-number states: every step seeds its own (:func:`vlit.train.distributed.seed_step`), and the order of the data is a
 function of (sizes, seed, epoch). So one format serves every strategy and number of ranks, and nothing in it is pickled.
 """
@@ -151,7 +151,7 @@ def newest_state(root: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None
             )
     if damaged:
         raise CheckpointError(
-            f"{root}: none of its checkpoints is usable: {', '.join(damaged)}. Put an intact copy back, or delete this folder to "
+            f"{root}: none of its checkpoints is usable: {', '.join(damaged)}. Put back an intact copy, or delete it to "
             "train the stage from its beginning."
         )
     return None
