@@ -16,11 +16,11 @@ from tests.tiny_run import losses_of, metrics_of, tiny_run, write_dataset
 from vlit.config.schema import RunConfig
 from vlit.data.load import StepLoader
 from vlit.data.share import single
+from vlit.data.sharing import share_at_most
 from vlit.data.tokenize import SampleTokenizer
 from vlit.models.assemble import model_spec
 from vlit.train.identity import open_mixture
 from vlit.train.run import run_training
-from vlit.train.sharing import share_at_most
 from vlit.train.signals import Interrupted
 
 QUESTIONS = ("Which colour?", "Name the colour of this picture, please.", "Is it red?", "What do you see?")

@@ -42,6 +42,7 @@ class Setting:
     recompute: str
     precision: str = "fp32"
     bound: float = 1e-5  # largest relative difference of any step's loss
+    more: tuple[str, ...] = ()
 
     def overrides(self, strategy: str) -> tuple[str, ...]:
         return (
@@ -50,6 +51,7 @@ class Setting:
             f"stages.instruct.gradient_checkpointing={self.recompute}",
             f"runtime.precision={self.precision}",
             f"runtime.strategy={strategy}",
+            *self.more,
         )
 
 
@@ -67,6 +69,9 @@ REST = (
     Setting("trained encoder, full", FULL, FULL, "none"),
     Setting("trained encoder, LoRA, recomputed", FULL, LORA, "full"),
     Setting("bf16, frozen encoder, LoRA", "frozen", LORA, "full", "bf16", 5e-3),
+    Setting(
+        "trained encoder, full, Q-Former", FULL, FULL, "none", more=("model.connector={type: qformer, num_queries: 4}",)
+    ),
 )
 """The other half of the table: ``python -m tests.test_strategies`` runs all of it."""
 

@@ -61,7 +61,7 @@ class ZeroEngine:
         settings = deepspeed_config(runtime, dtype, on_cpu=ranks.device.type == "cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._deepspeed: Any = deepspeed.initialize(model=model, optimizer=self._client, config=settings)[0]
+            self._deepspeed: Any = _initialize(deepspeed, model, self._client, settings)
         for name, buffer in model.named_buffers():  # a cast to bf16 would ruin rotary frequencies and image statistics
             owner, _, own = name.rpartition(".")
             model.get_submodule(owner).register_buffer(own, buffers[name].to(buffer.device), persistent=False)
@@ -150,6 +150,19 @@ def import_deepspeed() -> Any:
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     return deepspeed
+
+
+def _initialize(deepspeed: Any, model: nn.Module, client: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """DeepSpeed's engine. ConfigError where an operator that it compiles on first use cannot be built here."""
+    try:
+        return deepspeed.initialize(model=model, optimizer=client, config=settings)[0]
+    except RuntimeError as error:
+        if "JIT load" not in str(error):
+            raise
+        raise ConfigError(
+            f"runtime.offload: DeepSpeed cannot build what this needs ({error}). For nvme install the system library libaio "
+            "(Debian: libaio-dev) and a C++ compiler, or offload to cpu."
+        ) from error
 
 
 def _optimizer(entries: list[dict[str, Any]], config: OptimizerConfig, *, offloaded: bool) -> torch.optim.Optimizer:
