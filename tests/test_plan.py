@@ -78,6 +78,15 @@ def test_recomputation_and_frozen_parts_show_in_the_prediction() -> None:
     assert bench.predict(replace(case, tuning=bench.ALIGN)).saved < 0.75 * saved["none"]
 
 
+def test_muon_keeps_one_state_of_a_hidden_matrix_and_two_of_everything_else(tiny_dir: Path, tmp_path: Path) -> None:
+    overrides = ["stages.instruct.optimizer.type=muon", "runtime.precision=fp32"]
+    (plan,) = plan_run(tiny_run(tiny_dir, tmp_path, *overrides), parse_gpus("1xH100"), only="instruct").stages
+    _, embeddings, _ = plan.parts["embeddings"]
+    found = plan.configured.memory.components["optimizer states"] / plan.parameters.trained
+    assert 4 < found < 4 + 4.2 * embeddings / plan.parameters.trained + 0.2
+    assert "fp32 masters" not in plan.configured.memory.components
+
+
 def test_a_trace_sees_what_is_saved_and_what_is_dropped() -> None:
     weight = torch.empty(256, 256, device="meta", requires_grad=True)
     trace = MemoryTrace(lambda *call: 0)

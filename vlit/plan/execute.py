@@ -121,10 +121,10 @@ class _Update:
             m for n, m in self.masters.items() if config.type == "muon" and m.ndim == 2 and parts[n] != "embeddings"
         ]
         self.muon = torch.optim.Muon(muon) if muon else None
+        self.momenta = [torch.empty_like(m) for m in muon]
         by_muon = {id(m) for m in muon}
-        self.states = [
-            torch.empty_like(m) for m in self.masters.values() for _ in range(1 if id(m) in by_muon else 2)
-        ]  # Muon keeps a momentum, AdamW two moments
+        rest = [torch.empty_like(m) for m in self.masters.values() for _ in range(2) if id(m) not in by_muon]
+        self.states = [*self.momenta, *rest]  # Muon keeps a momentum, AdamW two moments
         trace.hold(self.states, "optimizer")
 
     def accumulate(self) -> None:
@@ -149,7 +149,6 @@ class _Update:
     def apply(self) -> None:
         """Fused AdamW needs nothing besides its states; Muon's orthogonalisation does, and runs."""
         if self.muon is not None:
-            held = self.states[: len(self.muon.param_groups[0]["params"])]
-            for parameter, momentum in zip(self.muon.param_groups[0]["params"], held, strict=True):
-                self.muon.state[parameter]["momentum_buffer"] = momentum.view_as(parameter)
+            for parameter, momentum in zip(self.muon.param_groups[0]["params"], self.momenta, strict=True):
+                self.muon.state[parameter]["momentum_buffer"] = momentum
             self.muon.step()

@@ -74,7 +74,7 @@ def as_text(plan: RunPlan) -> str:
     else:
         lines.append(
             "Memory is what a step holds. Training keeps freed memory (vlit.train.distributed.keep_freed_memory), so a process "
-            "grows larger: 1.2 to 2.1 times in docs/measurements/memory_cpu.json."
+            "grows larger: 1.1 to 2.1 times in docs/measurements/memory_cpu.json."
         )
     lines += [f"{source['key']} {source['name']}: {source['found']}" for source in plan.sources]
     for stage in plan.stages:

@@ -19,7 +19,7 @@ from vlit.plan.execute import Executed, execute, tune
 from vlit.plan.hardware import Cluster
 from vlit.plan.memory import Offload, Parameters, Strategy
 from vlit.plan.parts import described
-from vlit.plan.propose import OFFLOADS, STRATEGIES, Choice, Judge, Judged, candidates, propose
+from vlit.plan.propose import OFFLOADS, STRATEGIES, Choice, Judge, Judged, candidates, prefer, propose
 from vlit.plan.workload import Assumed, Workload, empty_row, workload
 from vlit.types import PARTS
 
@@ -125,7 +125,7 @@ def plan_stage(
     choices = tuple(candidates(ranks, longest, largest, muon=config.optimizer.type == "muon"))
     changed = sum(p.numel() for n, p in model.named_parameters() if _written(part_of_parameters(model)[n], config))
     return StagePlan(
-        name, _parts(model, config), load, effort, parameters, configured, propose(judge, choices),
+        name, _parts(model, config), load, effort, parameters, configured, prefer(configured, propose(judge, choices), cluster),
         checkpoints(parameters, changed, cluster), max(0, (load.steps - 1) // config.checkpoint.every_steps), judge, choices,
     )  # fmt: skip
 
