@@ -106,6 +106,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def bytes_below(folder: Path) -> int:
+    """Bytes of the files in a folder and below; 0 without one."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def describe_os_error(error: OSError, folder: Path, needed: int | None = None) -> str:
     """One line for a failed write: what the system said, and how much room there was and is needed."""
     free = f"{free_bytes(folder) / 1e9:,.2f} GB free"

@@ -60,6 +60,7 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> str:
     header and the raw little-endian values (https://github.com/huggingface/safetensors#format).
     """
     header: dict[str, Any] = {"__metadata__": {f.key: json.dumps(list(f.shape)) for f in fragments}}
+    assert len(header["__metadata__"]) == len(fragments), "two fragments of one tensor begin at the same value"
     offset = 0
     for f in fragments:
         end = offset + 4 * f.values.numel()

@@ -18,7 +18,16 @@ from vlit.data.check import check_supervision
 from vlit.data.sharing import share_at_most
 from vlit.data.tokenize import SampleTokenizer
 from vlit.data.vocabulary import fingerprint_of
-from vlit.durable import describe_os_error, free_bytes, plain, read_sealed, recover_folder, replace_file, sealed
+from vlit.durable import (
+    bytes_below,
+    describe_os_error,
+    free_bytes,
+    plain,
+    read_sealed,
+    recover_folder,
+    replace_file,
+    sealed,
+)
 from vlit.errors import CheckpointError, TrainingError
 from vlit.models.artifact import read_manifest, save_model
 from vlit.models.assemble import model_spec
@@ -140,10 +149,14 @@ def _refuse_used(out: Path, run: RunConfig, ranks: Ranks) -> None:
 
 
 def _check_room(folder: Path, tuned: Tuned, config: StageConfig) -> None:
-    """CheckpointError when the disk cannot hold the stage's checkpoints (one more than are kept) and its model."""
+    """CheckpointError when the disk cannot hold the stage's checkpoints (one more than are kept) and its model.
+
+    What an earlier start of the stage left counts as room: its checkpoints are among those that are kept.
+    """
     state = 12 * sum(row.trainable for row in tuned.rows)  # fp32 master and two optimizer states
     model = sum(4 * row.parameters for row in tuned.rows if row.trainable)
-    needed, free = state * (config.checkpoint.keep + 1) + model, free_bytes(folder)
+    needed = state * (config.checkpoint.keep + 1) + model
+    free = free_bytes(folder) + bytes_below(folder / "state") + bytes_below(folder / "model")
     if free < needed:
         raise CheckpointError(
             f"{folder}: {config.checkpoint.keep} checkpoints of {state / 1e9:,.2f} GB, one being written and the model need "
