@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlit.config.component import ComponentConfig
+from vlit.data.record import Record, meta_fields, to_json
 from vlit.errors import DataError
 from vlit.types import Role, Sample, Turn
 
@@ -20,6 +21,8 @@ class Row(NamedTuple):
     roles: list[Role]
     texts: list[str]
     images: list[str]
+    meta: dict[str, Any] | None = None
+    """Optional fields of the canonical record that training does not read, as JSON has them (:mod:`vlit.data.record`)."""
 
 
 class BadRow(NamedTuple):
@@ -39,6 +42,14 @@ class FormatConfig(ComponentConfig):
         """All records of ``path`` in file order. DataError when the file as a whole cannot be read."""
         raise NotImplementedError(f"{type(self).__name__} must implement iter_rows")
 
+    def files(self, path: Path) -> list[Path]:
+        """Every file that the records of ``path`` depend on, images apart: an index holds for their content alone."""
+        return [path]
+
+    def raw_records(self, path: Path) -> Iterator[bytes]:
+        """Each record as it stands in the file, for showing bad ones. Formats whose records are no text have none."""
+        return iter(())
+
     def iter_samples(self, path: Path, source: str) -> Iterator[Sample]:
         """All records as samples; the first bad one is a DataError that names file, record and id."""
         for row in self.iter_rows(path):
@@ -51,6 +62,20 @@ def sample_of(row: Row, source: str) -> Sample:
     """The :class:`Sample` of a row."""
     turns = tuple(Turn(role, text) for role, text in zip(row.roles, row.texts, strict=True))
     return Sample(id=row.id, source=source, turns=turns, images=tuple(row.images), kind=row.kind)
+
+
+def record_of(row: Row) -> Record:
+    """The canonical :class:`Record` of a row."""
+    turns = tuple(Turn(role, text) for role, text in zip(row.roles, row.texts, strict=True))
+    return Record(row.id, turns, tuple(row.images), row.kind, **meta_fields(row.meta))
+
+
+def row_of(number: int, record: Record) -> Row:
+    """The row of a canonical record; nothing is checked."""
+    held = to_json(record)
+    meta = {key: held[key] for key in held if key not in ("id", "image", "images", "conversations", "kind")}
+    roles, texts = [turn.role for turn in record.turns], [turn.text for turn in record.turns]
+    return Row(number, record.id, record.kind, roles, texts, list(record.images), meta or None)
 
 
 def place_of(path: Path, record: int, sample_id: str | None) -> str:
