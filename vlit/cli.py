@@ -14,6 +14,7 @@ from typing import Any
 
 from vlit.errors import VlitError
 from vlit.registry import load_plugins
+from vlit.serve.synth_commands import add_data_commands
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -211,6 +212,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("demo-ablation", _ablation, "What each ingredient of the demo is worth, as a table from runs.")
     sub.add_argument("--output-dir", type=Path, default=Path("outputs/ablation"))
     sub.add_argument("--only", help="comma-separated names of runs")
+
+    synth = commands.add_parser("synth", help="Make, measure and review instruction data.").add_subparsers(
+        dest="synth_command", required=True, metavar="COMMAND"
+    )
+
+    def synth_command(name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
+        sub = synth.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(handler=handler, plugin=[])
+        return sub
+
+    add_data_commands(synth_command)
 
     sub = command("reference", _schema, "Write the configuration reference and JSON schema.", overrides=False)
     sub.add_argument("--out", type=Path, default=Path("docs"))
