@@ -17,6 +17,7 @@ from tests.tiny_run import losses_of, metrics_of, tiny_run
 from vlit.errors import CheckpointError, DataError, ModelError, TrainingError
 from vlit.models.artifact import load_model
 from vlit.train import stage as stage_module
+from vlit.train.replicated import ReplicatedEngine
 from vlit.train.run import model_folder, run_training
 from vlit.train.signals import Interrupted
 
@@ -269,3 +270,22 @@ def test_lora_stage_saves_adapters_resumes_and_loads_with_the_same_logits(
     model, manifest = load_model(tmp_path / "a" / "instruct" / "model", dtype=torch.float32)
     assert manifest["changed"] == ["connector"]
     assert any(".lora_" in n for n, _ in model.named_parameters())
+
+
+def test_a_row_that_does_not_fit_in_memory_names_what_it_holds_and_what_to_change(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ReplicatedEngine, "loss", lambda self, row: torch.empty(1 << 50)
+    )  # a real allocation that fails
+    with pytest.raises(
+        TrainingError, match=r"out of memory on a row of \d+ tokens with \d+ images.*micro_batch_tokens"
+    ):
+        run_training(tiny_run(tiny_dir, tmp_path / "out"))
+
+
+def test_a_first_loss_as_bad_as_guessing_is_said_at_once(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(tiny_run(tiny_dir, tmp_path / "out", "stages.align.max_steps=1", "stages.instruct=null"))
+    assert "the first loss is 6.05, guessing among 384 tokens gives 5.95" in capsys.readouterr().err

@@ -14,8 +14,6 @@ import yaml
 
 from vlit import __version__
 from vlit.config.schema import RunConfig, StageConfig
-from vlit.data.check import check_supervision
-from vlit.data.sharing import share_at_most
 from vlit.data.tokenize import SampleTokenizer
 from vlit.data.vocabulary import fingerprint_of
 from vlit.durable import (
@@ -32,7 +30,7 @@ from vlit.errors import CheckpointError, TrainingError
 from vlit.models.artifact import read_manifest, save_model
 from vlit.models.assemble import model_spec
 from vlit.models.flops import matmul_peak
-from vlit.models.tuning import rows_as_dicts
+from vlit.train.announce import print_parts, write_plan
 from vlit.train.checkpoint import Position, check_identity
 from vlit.train.cluster.lock import OutputLock
 from vlit.train.cluster.preflight import data_identities, preflight
@@ -107,10 +105,10 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
                 f"--stage {only}: its predecessor {name} is not finished in {out}. Run without --stage to train it first."
             )
         total = mixture.total_steps(config.epochs, global_batch=config.global_batch, max_steps=config.max_steps)
-        _write_plan(out, name, mixture, tokenizer, run, total, ranks)
+        write_plan(out, name, mixture, tokenizer, run, total, ranks)
         watchdog.phase("load weights", allow_s=WITHOUT_LIMIT)
         tuned = model_of_stage(run, name, previous / "model" if previous else None, dtype, strategy, ranks)
-        _print_parts(tuned, name, out, ranks)
+        print_parts(tuned, name, out, ranks)
         ranks.on_main(partial(_check_room, folder, tuned, config))
         tools.peak = tools.peak or matmul_peak(ranks.device, dtype)
         engine = make_engine(tuned, run, name, dtype, strategy, ranks)
@@ -211,68 +209,6 @@ def _finish(
             ) from error
 
     ranks.on_main(write)
-
-
-def _write_plan(
-    out: Path, name: str, mixture: Any, tokenizer: SampleTokenizer, run: RunConfig, total: int, ranks: Ranks
-) -> None:
-    """Look at samples before compute is spent; print and save what the stage will see."""
-    stage = run.stages[name]
-    report = check_supervision(
-        mixture, tokenizer, run.data_for(name), run.data.check_samples, global_batch=stage.global_batch,
-        max_tokens=stage.micro_batch_tokens,
-    )  # fmt: skip
-    if not ranks.is_main:
-        return
-    plan = {
-        "sources": [
-            {"name": s.name, "records": len(s), "weight": s.weight, "quarantined": s.num_quarantined}
-            for s in mixture.sources
-        ],
-        "records_per_epoch": mixture.records_per_epoch,
-        "global_batch": stage.global_batch,
-        "steps": total,
-        **report.as_dict(),
-    }
-    _merge_json(out / "data_plan.json", name, plan)
-    sources = ", ".join(f"{s.name} {len(s):,}" for s in mixture.sources)
-    print(
-        f"{name}: {sources} records; {total:,} steps of {stage.global_batch}; "
-        f"tokens a sample mean {report.tokens_mean:.0f}, p99 {report.tokens_p99:.0f}, "
-        f"{100 * report.supervised_share:.0f}% supervised",
-        file=sys.stderr,
-    )
-    against = share_at_most(run, name)[1]
-    if against:
-        print(f"{name}: {against}", file=sys.stderr)
-    elif report.records_per_image > 1:
-        print(
-            f"{name}: {report.records_per_image:.1f} records share an image; computing it once saves "
-            f"{100 * report.shared_share:.0f}% of the tokens and {100 * report.shared_images:.0f}% of the image encodings",
-            file=sys.stderr,
-        )
-
-
-def _print_parts(tuned: Tuned, name: str, out: Path, ranks: Ranks) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not ranks.is_main:
-        return
-    _merge_json(out / "parts.json", name, rows_as_dicts(tuned.rows))
-    table = Table(title=f"stage {name}", title_justify="left")
-    for column in ("part", "module", "mode", "parameters", "trained", "peak lr", "dtype"):
-        table.add_column(column, justify="right" if column in ("parameters", "trained", "peak lr") else "left")
-    for row in tuned.rows:
-        lr = f"{row.lr:.1e}" if row.lr else "-"
-        table.add_row(row.part, row.module, row.mode, f"{row.parameters:,}", f"{row.trainable:,}", lr, row.dtype)
-    Console(stderr=True, width=None if sys.stderr.isatty() else 110).print(table)
-
-
-def _merge_json(path: Path, key: str, value: Any) -> None:
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    held[key] = value
-    replace_file(path, json.dumps(held, indent=2))
 
 
 def _start_trackers(run: RunConfig, out: Path, ranks: Ranks) -> list[Any]:

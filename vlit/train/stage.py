@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -130,6 +131,8 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
                     done = position.step - (stage.total_steps - len(loader))
                     eta = (time.monotonic() - started) / max(done, 1) * (stage.total_steps - position.step)
                     progress.write(log_line(row, total_steps=stage.total_steps, eta_seconds=eta, memory=memory))
+            if position.step == 1 and ranks.is_main:
+                _compare_with_guessing(stage, engine, result)
             if not result.finite:
                 _report_non_finite(stage, batch, result, position, ranks)
             if validator and (last or position.step % config.validation.every_steps == 0):
@@ -239,6 +242,7 @@ def _row(
         "samples": result.samples,
         "shared_tokens_saved": result.sample_tokens - result.tokens,
         "seconds": seconds,
+        "rank_balance": result.rank_balance,
         "data_wait_share": waited / max(seconds, 1e-9),
         "tokens_per_second": result.tokens / max(seconds, 1e-9),
         "peak_fraction": result.flops / max(seconds, 1e-9) / (tools.peak * tools.ranks.world_size),
@@ -248,6 +252,18 @@ def _row(
         "cut_tokens": batch.cut_tokens,
         "quarantined": len(batch.quarantined),
     }
+
+
+def _compare_with_guessing(stage: StageRun, engine: Engine, result: StepResult) -> None:
+    """A first loss as bad as guessing among all tokens means parts that do not belong together (pains A-14): say so at once."""
+    guessing = math.log(engine.model.llm.vocabulary)
+    if result.finite and result.label_tokens and result.loss > 0.9 * guessing:
+        print(
+            f"warning: {stage.name}: the first loss is {result.loss:.2f}, guessing among {engine.model.llm.vocabulary:,} "
+            f"tokens gives {guessing:.2f}. A trained language model on its own template starts far below: check "
+            "model.llm.path, the template, and that model.init_from belongs to this language model.",
+            file=sys.stderr,
+        )
 
 
 def _report_non_finite(stage: StageRun, batch: StepBatch, result: StepResult, position: Position, ranks: Ranks) -> None:

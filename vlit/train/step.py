@@ -31,6 +31,7 @@ class StepResult:
     samples: int
     sample_tokens: int  # tokens of the samples, each with its whole prefix: what separate rows would compute
     flops: float
+    rank_balance: float  # mean over largest work of a rank; 1: no rank waits for another
     loss_by_source: dict[str, float]
 
 
@@ -51,6 +52,9 @@ def train_step(
     host waits for the device once, when all gradients are there. ``phase`` is told what begins (for the hang watchdog).
     """
     rows = [row for row in batch.micro_batches if row.num_tokens]
+    # image tokens count twice: they pass the vision encoder too
+    costs = [0.0] * ranks.world_size
+    costs[ranks.rank] = float(sum(row.num_tokens + int(row.is_image.sum()) for row in rows))
     counts = torch.tensor(
         [
             sum(row.num_label_tokens for row in rows),
@@ -59,6 +63,7 @@ def train_step(
             sum(row.num_samples for row in rows),
             sum(row.num_sample_tokens for row in rows),
             sum(flops.of(row) for row in rows),
+            *costs,
         ],
         dtype=torch.float64,
     )
@@ -81,7 +86,7 @@ def train_step(
     else:  # on all ranks alike: every record of the step was left out
         norms = {part: torch.zeros((), device=ranks.device) for part in (*engine.peak_lr, "total")}
     by_source = ranks.sum(by_source)
-    label_tokens, tokens, images, samples, sample_tokens, useful = counts.tolist()
+    label_tokens, tokens, images, samples, sample_tokens, useful, *costs = counts.tolist()
     mean_loss = float(by_source[:, 0].sum()) / max(label_tokens, 1.0)
     finite = bool(torch.isfinite(norms["total"])) and math.isfinite(mean_loss)
     phase("update", collective=engine.lockstep)
@@ -99,6 +104,7 @@ def train_step(
         samples=int(samples),
         sample_tokens=int(sample_tokens),
         flops=useful,
+        rank_balance=sum(costs) / (len(costs) * max(costs)) if max(costs) else 1.0,
         loss_by_source={
             name: total / count for name, (total, count) in zip(sources, by_source.tolist(), strict=True) if count
         },
@@ -115,7 +121,7 @@ def memory_explained(row: PackedBatch) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise TrainingError(
             f"out of memory on a row of {row.num_tokens:,} tokens with {row.num_images} images, {row.num_samples} records and "

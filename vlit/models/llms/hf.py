@@ -53,6 +53,7 @@ class HFLanguageModel(LanguageModel):
         self.hf = hf
         config = hf.config.get_text_config()
         self.width = int(config.hidden_size)
+        self.vocabulary = int(config.vocab_size)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
         scale = getattr(config, "logit_scale", None)  # Cohere multiplies by it
