@@ -10,12 +10,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tests.rank_hooks import Hook, Stopped, installed
 from tests.ranks import ROOT, environment
 from tests.tiny_run import tiny_run
 from vlit.errors import VlitError
@@ -30,10 +31,12 @@ class Case:
     overrides: tuple[str, ...]
     options: tuple[tuple[str, str], ...] = ()  # of tiny_run: encoder, llm
     may_fail: bool = False  # with a vlit error, which is printed
+    hook: Hook = field(default_factory=Hook)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "output": str(self.output), "overrides": self.overrides, "options": dict(self.options), "may_fail": self.may_fail,
+            "hook": self.hook.as_json(),
         }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -82,8 +85,12 @@ def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     for case in job["cases"]:
         run = tiny_run(Path(job["tiny_dir"]), Path(case["output"]), *case["overrides"], **case["options"])
+        hook = Hook(**{**case["hook"], "steps": tuple(case["hook"]["steps"])})
         try:
-            run_training(run)
+            with installed(hook):
+                run_training(run)
+        except Stopped:
+            continue
         except VlitError as error:
             print(f"case {case['output']}: {type(error).__name__}: {error}", file=sys.stderr)
             if not case["may_fail"]:
