@@ -37,6 +37,7 @@ from benchmarks.models import Size, model_config, text_config, vision_config
 from benchmarks.systems.worker import forget_peak, peak_memory_mb, resident_mb
 from vlit.config.schema import OptimizerConfig, RuntimeConfig, TuningConfig
 from vlit.data.collate import collate_samples
+from vlit.kernels.planning import Kind
 from vlit.models.assemble import build_empty_model, build_model
 from vlit.plan.execute import Executed, execute, tune
 from vlit.plan.workload import Packed, empty_row
@@ -110,7 +111,7 @@ def write_shape(case: MemoryCase, folder: Path) -> None:
     config.save_pretrained(folder / "llama")
 
 
-def predict(case: MemoryCase) -> Executed:
+def predict(case: MemoryCase, *, kind: Kind = "cpu") -> Executed:
     """What the planner says of the case's largest row."""
     tokens = case.size.image_tokens
     with tempfile.TemporaryDirectory() as root:
@@ -121,7 +122,7 @@ def predict(case: MemoryCase) -> Executed:
     records, text, images = max(case.rows, key=lambda row: row[0] * (row[1] + row[2] * tokens))
     row = [Packed((text + images * tokens,), images, text // 2)] * records
     return execute(
-        model, empty_row(row, image_size=case.size.image_size), kind="cpu", optimizer=OptimizerConfig(),
+        model, empty_row(row, image_size=case.size.image_size), kind=kind, optimizer=OptimizerConfig(),
         recompute=case.recompute, sums=len(case.rows) > 1,
     )  # fmt: skip
 

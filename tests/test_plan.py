@@ -40,7 +40,7 @@ CASES = (
     bench.MemoryCase("full, selective, bf16, one long record", SIZE, bench.INSTRUCT, "selective", rows=((1, 2500, 1),) * 2),
     bench.MemoryCase("full, full, bf16, big vocabulary", replace(SIZE, vocabulary=48_000), bench.INSTRUCT, "full",
                      rows=TWO_ROWS),
-    bench.MemoryCase("full, none, fp32, one row", SIZE, bench.INSTRUCT, dtype="float32", rows=((8, 160, 1),)),
+    bench.MemoryCase("full, selective, fp32, one row", SIZE, bench.INSTRUCT, "selective", "float32", ((16, 160, 1),)),
     bench.MemoryCase("LoRA, none, bf16", SIZE, bench.LORA, rows=TWO_ROWS),
     bench.MemoryCase("vision too, selective, bf16", SIZE, bench.WHOLE, "selective", rows=((24, 20, 2),) * 2),
 )  # fmt: skip
@@ -87,6 +87,15 @@ def test_muon_keeps_one_state_of_a_hidden_matrix_and_two_of_everything_else(tiny
     assert "fp32 masters" not in plan.configured.memory.components
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_recomputation_runs_the_same_attention_as_the_forward_pass(kind: str, recompute: str) -> None:
+    case = bench.MemoryCase("", SIZE, bench.WHOLE, dtype="float32", rows=((1, 3000, 1),))
+    least = bench.predict(case, kind=kind).peak.total
+    peak = bench.predict(replace(case, recompute=recompute), kind=kind).peak
+    assert peak.total < least  # plain mathematics would hold 3,064² weights for each of 8 heads: 300 MB
+
+
 def test_a_trace_sees_what_is_saved_and_what_is_dropped() -> None:
     weight = torch.empty(256, 256, device="meta", requires_grad=True)
     trace = MemoryTrace(lambda *call: 0)
@@ -115,7 +124,8 @@ def test_the_published_recipe_is_planned_without_weights_and_data(published: Run
     assert (align.load.steps, instruct.load.steps) == (2181, 5198)
     assert align.work.useful == pytest.approx(16.5e12, rel=0.01)  # counted by hand at 606 tokens
     assert instruct.load.mean("tokens") == pytest.approx(224 + 0.939 * 576, abs=2)
-    assert not instruct.configured.memory.fits(published.cluster)  # 16 bytes a weight on every GPU
+    whole = memory(instruct.judge.executed(8192, "full", 2), instruct.parameters, published.cluster, "ddp")
+    assert not whole.fits(published.cluster)  # 16 bytes a weight on every GPU
 
 
 def test_a_proposal_fits_and_is_a_configuration(published: RunPlan) -> None:

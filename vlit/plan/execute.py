@@ -18,7 +18,7 @@ from vlit.kernels.attention import Backend
 from vlit.kernels.planning import Kind, planned_for
 from vlit.models.assemble import VisionLanguageModel
 from vlit.models.tuning import apply_tuning, has_lora, part_of_parameters
-from vlit.plan.sdpa import FusedAttention
+from vlit.plan.sdpa import fused_attention
 from vlit.plan.trace import MemoryTrace, Peak
 from vlit.plan.workspace import ANSWERS, workspace
 from vlit.types import PackedBatch
@@ -75,7 +75,7 @@ def execute(
     ]
     parts = part_of_parameters(model)
     try:
-        with planned_for(kind), trace, FusedAttention(kind):
+        with planned_for(kind), trace, fused_attention(kind):
             step = _Update(trained, parts, optimizer, trace)
             if sums:
                 step.make_sums()

@@ -165,10 +165,13 @@ def propose(judge: Judge, choices: Sequence[Choice]) -> Judged | None:
 
 def prefer(configured: Judged, proposed: Judged | None, cluster: Cluster) -> Judged | None:
     """The configuration itself where it fits, divides no more than the proposal and is as fast: no change for nothing."""
-    if proposed is None or configured.time is None or proposed.time is None or not configured.memory.fits(cluster):
+    if proposed is None or not configured.memory.fits(cluster):
         return proposed
     ours, theirs = (
         (OFFLOADS.index(j.choice.offload), STRATEGIES.index(j.choice.strategy)) for j in (configured, proposed)
     )
-    equal = configured.time.total <= (1 + EQUAL) * proposed.time.total
+    if configured.time is None or proposed.time is None:
+        equal = configured.choice.recompute == proposed.choice.recompute
+    else:
+        equal = configured.time.total <= (1 + EQUAL) * proposed.time.total
     return configured if equal and ours <= theirs else proposed

@@ -1,34 +1,37 @@
 """Which of PyTorch's attention kernels a call would take on the planned device.
 
 ``scaled_dot_product_attention`` chooses by device; for meta tensors it falls back to plain mathematics, which holds all
-attention weights. Inside :class:`FusedAttention` it takes the kernel of the planned device instead, whose meta version
-allocates and saves what the kernel does.
+attention weights. Inside :func:`fused_attention` it takes the kernel of the planned device instead, whose meta version
+allocates and saves what the kernel does. The function is replaced where callers look it up: a torch function mode would be
+suspended during the backward pass, where recomputation needs it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from vlit.kernels.planning import Kind
 
 
-class FusedAttention(TorchFunctionMode):
-    """While active, PyTorch's attention on meta tensors is that of ``kind``."""
+@contextmanager
+def fused_attention(kind: Kind) -> Iterator[None]:
+    """Inside, PyTorch's attention on meta tensors is that of ``kind``."""
+    held: Any = F.scaled_dot_product_attention
 
-    def __init__(self, kind: Kind) -> None:
-        super().__init__()
-        self.kind = kind
+    def chosen(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _attention(kind, query, *args, **kwargs) if query.is_meta else held(query, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return _attention(self.kind, *args, **kwargs)
-        return func(*args, **kwargs)
+    F.scaled_dot_product_attention = chosen
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = held
 
 
 def _attention(
