@@ -6,6 +6,7 @@ makes the rename itself durable; without it a file system may forget the new nam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,8 +108,13 @@ def free_bytes(folder: Path) -> int:
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of the files in a folder and below; 0 without one."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of the files in a folder and below, which others may be changing; 0 without one."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def describe_os_error(error: OSError, folder: Path, needed: int | None = None) -> str:

@@ -32,6 +32,8 @@ WAYS = {"alone": (1, "none"), "ddp": (2, "ddp"), "zero1": (2, "zero1"), "zero2":
 STEPS_A_ROUND = 4
 """A round trains about two steps before it is killed, so there is something left to do in every round."""
 START_S = 180.0
+TORCHRUN_GRACE_S = 29.0
+"""One second less than torchrun waits before it kills the ranks that are left."""
 
 
 @dataclass
@@ -119,9 +121,9 @@ class Soak:
         number = self.random.choice(sorted(ranks))
         ranks[number].send_signal(signal.SIGKILL)
         try:
-            code = process.wait(60)
+            code = process.wait(TORCHRUN_GRACE_S)
         except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"rank {number} was killed and the others did not end within 60 s") from error
+            raise AssertionError(f"rank {number} was killed and the others did not end by themselves") from error
         assert code != 0
         return f"rank {number}"
 

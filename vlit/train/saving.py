@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from vlit.config.schema import CheckpointConfig
-from vlit.durable import describe_os_error, free_bytes, make_folder
+from vlit.durable import bytes_below, describe_os_error, free_bytes, make_folder
 from vlit.errors import CheckpointError
 from vlit.train.checkpoint import Position, aside_folder, commit, read_notes, write_failure, write_share
 from vlit.train.distributed import Ranks
@@ -26,8 +26,9 @@ from vlit.train.fragments import Fragment, num_bytes
 
 IDLE, WRITTEN, WRITING, FAILED = range(4)
 """State of a rank's writer."""
-_LAST_WAIT_S = 60.0
-"""How long a run that ends with an error waits for the other ranks' files."""
+_LAST_WAIT_S, _STILL_S = 20.0, 5.0
+"""How long a run that ends with an error waits for the other ranks' files: in all, and while none of them grows. torchrun gives
+a process 30 s to end, and this one has yet to say why it does."""
 
 
 class StateSaver:
@@ -51,9 +52,24 @@ class StateSaver:
     ) -> None:
         """A run that ends with an error still keeps the checkpoint it was writing; in order, :meth:`finish` settles it."""
         if self._thread is not None and error is not None:
-            self._thread.join(None if self.ranks.world_size == 1 else _LAST_WAIT_S)
-            self._abandoned.set()
+            if self.ranks.world_size > 1:
+                self._wait_for_others()
             self._thread.join()
+
+    def _wait_for_others(self) -> None:
+        """Give the other ranks time for their files, unless one is gone: then nothing happens in the folder any more."""
+        assert self._thread is not None
+        assert self._position is not None
+        aside = aside_folder(self.root, self._position.step)
+        until, held, changed = time.monotonic() + _LAST_WAIT_S, -1, 0.0
+        while self._thread.is_alive() and time.monotonic() < until:
+            size = bytes_below(aside)
+            if size != held:
+                held, changed = size, time.monotonic()
+            elif time.monotonic() - changed > _STILL_S:
+                break
+            self._thread.join(0.1)
+        self._abandoned.set()
 
     def begin(self, engine: Engine, position: Position) -> None:
         """Start to save the state after a step; a save that is still going on is waited for."""
