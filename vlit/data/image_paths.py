@@ -1,4 +1,7 @@
-"""Image references of records -> files of the image folder; everything that could reach another file is refused."""
+"""Image references of records -> files of the image folder; everything that could reach another file is refused.
+
+A reference may lead into a container in the folder (``shard.tar#1.jpg``, :mod:`vlit.data.members`); both parts obey the rules.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+from vlit.data.members import member_file, split_member
 from vlit.errors import DataError
 
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://|(data|file|https?|ftp):", re.IGNORECASE)
@@ -18,6 +22,8 @@ def refusal(image: str) -> str | None:
     """Why an image reference cannot name a file of an image folder, whatever the folder; None when it can."""
     if not image.strip():
         return f"image path is {image!r}, expected a non-empty string"
+    if member := split_member(image):
+        return refusal(member.container) or _refusal_of_member(member.name)
     if "\0" in image or _REMOTE.match(image):
         return f"image path {image[:80]!r} is not a file path (remote and inline images are not read)"
     if _WINDOWS_ABSOLUTE.match(image):
@@ -30,12 +36,22 @@ def refusal(image: str) -> str | None:
     return None
 
 
-def resolve_image(image: str, image_root: Path, *, follow_links: bool = False) -> Path:
+def _refusal_of_member(name: str) -> str | None:
+    if "\0" in name or name.startswith("/") or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        return f"image {name[:80]!r} of a container has no safe name (absolute, or with ..)"
+    return None
+
+
+def resolve_image(image: str, image_root: Path, *, follow_links: bool = False, cache_dir: str | None = None) -> Path:
     """The file an image reference names. References are data, so ``..`` and absolute paths outside the root are refused.
 
     So are links in the folder that lead out of it, unless ``follow_links`` says that they may; the folder itself may be a
-    link. Costs one system call an image, and a few for each folder when it is first met.
+    link. Costs one system call an image, and a few for each folder when it is first met. An image in a container is copied
+    into the cache (``cache_dir``) when it is first asked for.
     """
+    if (member := split_member(image)) and refusal(image) is None:
+        container = resolve_image(member.container, image_root, follow_links=follow_links)
+        return member_file(container, member.name, cache_dir=cache_dir)
     path = Path(image)
     if reason := refusal(image):
         raise DataError(f"{reason} (image folder {image_root}). Write a path relative to that folder, without ..")

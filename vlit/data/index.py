@@ -8,7 +8,6 @@ killed build leaves nothing behind that could be taken for an index.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from vlit.data.cache import lock, writable_cache, write_atomically
+from vlit.data.content_hash import content_hash_of
 from vlit.data.formats._base import BadRow, FormatConfig, Row, place_of
 from vlit.data.progress import phase
 from vlit.errors import DataError
 
 INDEX_VERSION = 2
 ROWS_PER_BATCH = 2048
-_HASH_CHUNK = 8 << 20
 _MAX_CHARACTERS = 128 << 20
 
 
@@ -62,7 +61,7 @@ def build_or_open_index(
             to its end all the same, so that one message lists them all.
     """
     folder = writable_cache(cache_dir, "index")
-    content_hash = _content_hash(path, folder, progress=progress)
+    content_hash = content_hash_of(path, format.files(path), folder, progress=progress)
     identity = json.dumps([INDEX_VERSION, content_hash, format.model_dump(mode="json")], sort_keys=True)
     base = folder / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     info = _read_info(base)
@@ -263,34 +262,3 @@ def _read_info(base: Path) -> IndexInfo | None:
         content_hash=meta["content_hash"],
         bad=meta["bad"],
     )
-
-
-def _content_hash(path: Path, folder: Path, *, progress: bool) -> str:
-    """blake2b of the file. Remembered by (inode, size, change time), which any write to the file alters."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Check data path and working directory ({Path.cwd()})."
-        ) from error
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder, expected a .json or .jsonl file. Name the file in it.")
-    resolved = str(path.resolve())
-    signature = [resolved, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    memo = folder / f"{hashlib.blake2b(resolved.encode(), digest_size=16).hexdigest()}.hash"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        held = json.loads(memo.read_bytes())
-        if held["signature"] == signature:
-            return str(held["hash"])
-    digest = hashlib.blake2b(digest_size=32)
-    big = stat.st_size > 64 << 20
-    with (
-        phase(f"hash {path.name}", total=stat.st_size, unit="bytes", show=progress and big) as report,
-        path.open("rb") as file,
-    ):
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-            report(len(chunk))
-    with contextlib.suppress(OSError):
-        write_atomically(memo, json.dumps({"signature": signature, "hash": digest.hexdigest()}).encode())
-    return digest.hexdigest()

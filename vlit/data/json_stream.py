@@ -6,6 +6,7 @@ a damaged record is one damaged slice and not the end of the file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,7 @@ from vlit.errors import DataError
 CHUNK_BYTES = 16 << 20
 MAX_RECORD_BYTES = 256 << 20
 """A longer record is refused: a file without line ends or with a lost quote would otherwise be held in memory whole."""
+_MAX_KEY_BYTES = 4096
 _WHITESPACE = b" \t\r\n"
 _MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # their byte order marks
@@ -40,7 +42,34 @@ def iter_json_records(path: Path, *, advance: Callable[[int], object] | None = N
         with path.open("rb") as file:
             start, first = _beginning(file, path)
             file.seek(start)
-            yield from (_array if first == b"[" else _lines)(file, path, advance or (lambda _: None))
+            advance = advance or (lambda _: None)
+            if first == b"[":
+                yield from (element for _, element in _elements(file, path, advance))
+            else:
+                yield from _lines(file, path, advance)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path in data.path.") from error
+
+
+def iter_json_members(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Key, place of the first byte and bytes of every value of a file that is one JSON object, one at a time.
+
+    Raises:
+        DataError: the file is missing, empty, no JSON object, or cut off.
+    """
+    try:
+        with path.open("rb") as file:
+            start, first = _beginning(file, path)
+            if first != b"{":
+                raise DataError(f"{path}: the file begins with {first!r}, expected one JSON object.")
+            file.seek(start)
+            for number, (offset, element) in enumerate(_elements(file, path, lambda _: None, closing=b"}")):
+                quotes = _unescaped_quotes(np.frombuffer(element[:_MAX_KEY_BYTES], np.uint8))
+                if len(quotes) < 2 or quotes[0] != 0:
+                    raise DataError(f"{path}: member {number} has no key, at byte {offset}. Mend the file there.")
+                after = element[quotes[1] + 1 :]
+                value = after.lstrip(_WHITESPACE)[1:].lstrip(_WHITESPACE)
+                yield json.loads(element[: quotes[1] + 1]), offset + len(element) - len(value), value
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path in data.path.") from error
 
@@ -89,7 +118,11 @@ def _check_size(size: int, number: int, path: Path) -> None:
         )
 
 
-def _array(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Iterator[bytes]:
+def _elements(
+    file: IO[bytes], path: Path, advance: Callable[[int], object], *, closing: bytes = b"]"
+) -> Iterator[tuple[int, bytes]]:
+    """Place and bytes of each element of the array (or member of the object) that the file is."""
+    what = "array" if closing == b"]" else "object"
     rest, opened, closed, number, offset = b"", False, False, 0, file.tell()
     while chunk := file.read(max(CHUNK_BYTES, len(rest))):  # doubling keeps one giant record linear
         advance(len(chunk))
@@ -107,13 +140,14 @@ def _array(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Ite
         else:
             begin = 0
             ends, closed = _element_ends(buffer)
-            if closed and buffer[ends[-1] : ends[-1] + 1] != b"]":
+            if closed and (found := buffer[ends[-1] : ends[-1] + 1]) != closing:
                 raise DataError(
-                    f"{path}: the array is closed by }} at byte {offset + ends[-1]}, in record {number + len(ends) - 1}. Put "
-                    "in the bracket that is missing there."
+                    f"{path}: the {what} is closed by {found.decode()} at byte {offset + ends[-1]}, in record "
+                    f"{number + len(ends) - 1}. Put in the bracket that is missing there."
                 )
             for end in ends:
-                element = buffer[begin:end].strip(_WHITESPACE)
+                piece = buffer[begin:end].lstrip(_WHITESPACE)
+                element = piece.rstrip(_WHITESPACE)
                 last = closed and end == ends[-1]
                 if not element and not (last and number == 0):
                     raise DataError(
@@ -121,20 +155,20 @@ def _array(file: IO[bytes], path: Path, advance: Callable[[int], object]) -> Ite
                         f"at byte {offset + begin}. Remove the comma."
                     )
                 if element:
-                    yield element
+                    yield offset + end - len(piece), element
                     number += 1
                 begin = end + 1
             offset, rest = offset + begin, buffer[begin:]
         if closed and rest.strip(_WHITESPACE):
             raise DataError(
-                f"{path}: the array ends after {number} records, but more text follows at byte {offset}. "
+                f"{path}: the {what} ends after {number} records, but more text follows at byte {offset}. "
                 "Make it one JSON array, or one record a line (.jsonl)."
             )
         if closed:
             rest = b""
     if not closed:
         raise DataError(
-            f"{path}: the file ends inside record {number} (record starts at byte {offset}); the array is not closed. "
+            f"{path}: the file ends inside record {number} (record starts at byte {offset}); the {what} is not closed. "
             "The file is cut off: copy or download it again."
         )
 

@@ -55,6 +55,7 @@ class RecordSource:
         chosen: np.ndarray | None = None,
         content_hash: str = "",
         follow_links: bool = False,
+        cache_dir: str | None = None,
     ) -> None:
         self.rows = rows
         self.name = name
@@ -65,6 +66,7 @@ class RecordSource:
         self.content_hash = content_hash
         """Of the dataset file, and of the records that a manifest excludes from it."""
         self._follow_links = follow_links
+        self._cache_dir = cache_dir
         self._chosen = chosen  # int64 [len(self)] rows, ascending; None: all
         self._groups: np.ndarray | None = None
         self._len = num_records if chosen is None else len(chosen)
@@ -110,7 +112,14 @@ class RecordSource:
 
     def image_path(self, image: str) -> Path:
         """The file of an image reference; DataError when it leaves the image folder."""
-        return resolve_image(image, self.image_root, follow_links=self._follow_links)
+        return resolve_image(image, self.image_root, follow_links=self._follow_links, cache_dir=self._cache_dir)
+
+
+def image_folder(source: DataSource, path: Path) -> Path:
+    """The folder that image references are relative to: ``images:``, else the dataset's own."""
+    if source.images:
+        return Path(source.images).expanduser()
+    return path if path.is_dir() else path.parent
 
 
 def open_source(
@@ -167,13 +176,14 @@ def open_source(
         rows,
         name=name,
         path=path,
-        image_root=Path(source.images).expanduser() if source.images else path.parent,
+        image_root=image_folder(source, path),
         num_records=info.num_records,
         num_quarantined=num_bad,
         weight=source.weight,
         content_hash=_identity_of(info.content_hash, excluded),
         chosen=good,
         follow_links=data.follow_links,
+        cache_dir=data.cache_dir,
     )
     if info.num_with_images:
         _probe_images(opened, strict=data.on_bad_sample == "error")

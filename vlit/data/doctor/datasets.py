@@ -8,7 +8,9 @@ from pathlib import Path
 
 from vlit.config.schema import DataSource, RunConfig
 from vlit.data.doctor.manifest import use_of
+from vlit.data.formats._base import FormatConfig
 from vlit.data.index import IndexInfo, build_or_open_index
+from vlit.data.source import image_folder
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError
 from vlit.types import ModelSpec
@@ -21,6 +23,7 @@ class Examined:
     name: str
     path: Path
     image_root: Path
+    format: FormatConfig
     tokenizer: SampleTokenizer
     info: IndexInfo
     uses: list[str] = field(default_factory=list)
@@ -46,7 +49,7 @@ def open_datasets(
         data = run.data_for(stage)
         path = Path(source.path).expanduser()
         name = source.name or path.stem
-        root = Path(source.images).expanduser() if source.images else path.parent
+        root = image_folder(source, path)
         template = data.template.model_dump_json()
         key = repr((name, path, root, source.format.model_dump_json(), template, data.max_tokens))
         if key in opened or key in failed:
@@ -64,7 +67,7 @@ def open_datasets(
         except DataError as error:
             failed[key] = Unreadable(name, str(path), [use], str(error))
             continue
-        opened[key] = Examined(name, path, root, SampleTokenizer(spec, data), info, [use])
+        opened[key] = Examined(name, path, root, source.format, SampleTokenizer(spec, data), info, [use])
     return list(opened.values()), list(failed.values())
 
 

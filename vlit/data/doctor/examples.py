@@ -15,7 +15,6 @@ from vlit.data.doctor.records import read_samples
 from vlit.data.doctor.spool import Spool
 from vlit.data.doctor.tally import Example, Tally
 from vlit.data.formats._base import place_of
-from vlit.data.json_stream import iter_json_records
 from vlit.types import Sample
 
 EXCERPT_TURNS, EXCERPT_CHARACTERS, RAW_BYTES = 4, 240, 400
@@ -60,7 +59,8 @@ class Examples:
         """Read the excerpts of refused records, and make the pictures (in a process that may die of them)."""
         for number, by_record in self._refused.items():
             last = max(by_record) + 1
-            for record, raw in enumerate(itertools.islice(iter_json_records(datasets[number].path), last)):
+            raw_records = datasets[number].format.raw_records(datasets[number].path)
+            for record, raw in enumerate(itertools.islice(raw_records, last)):
                 for example in by_record.get(record, ()):
                     text = raw[:RAW_BYTES].decode("utf-8", "replace")
                     example.excerpt = text + "…" * (len(raw) > RAW_BYTES)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from vlit.data.doctor.checks import Finding
 from vlit.data.images import EXTREME_RATIO, FORMATS, MAX_PIXELS, open_rgb, orientation_of, resolve_image
+from vlit.data.members import MissingMember
 from vlit.errors import DataError
 
 EXTENSIONS = {
@@ -37,6 +38,7 @@ class ImageJob:
 
     decode: bool = True
     follow_links: bool = False
+    cache_dir: str | None = None
 
     def start(self) -> None:
         pass
@@ -47,7 +49,9 @@ class ImageJob:
     def look(self, item: tuple[int, str, str]) -> list[Finding]:
         _, root, image = item
         try:
-            path = resolve_image(image, Path(root), follow_links=self.follow_links)
+            path = resolve_image(image, Path(root), follow_links=self.follow_links, cache_dir=self.cache_dir)
+        except MissingMember as error:
+            return [Finding("image_missing", str(error))]
         except DataError as error:
             return [Finding("image_outside", str(error))]
         return look_at(path, shown=image, decode=self.decode)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vlit.data.members import member_file, split_member
+
 PER_TASK = 64
 
 
@@ -19,9 +21,10 @@ class Pictures:
         roots: the image folder of each dataset.
     """
 
-    def __init__(self, tables: Sequence[Any], roots: Sequence[Path]) -> None:
+    def __init__(self, tables: Sequence[Any], roots: Sequence[Path], cache_dir: str | None = None) -> None:
         import pyarrow as pa
 
+        self._cache_dir = cache_dir
         self._roots: list[Path] = []
         self._names: list[Any] = []  # pyarrow string arrays, distinct references by folder
         self._starts: list[int] = []
@@ -57,9 +60,12 @@ class Pictures:
                 yield [(start + first + place, str(root), name) for place, name in enumerate(some)]
 
     def file(self, number: int) -> Path:
-        """The file of an image, without checks."""
+        """The file of an image that was looked at and found sound, without checks."""
         folder = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self._roots[folder] / self._names[folder][number - self._starts[folder]].as_py()
+        name = self._names[folder][number - self._starts[folder]].as_py()
+        if member := split_member(name):
+            return member_file(self._roots[folder] / member.container, member.name, cache_dir=self._cache_dir)
+        return self._roots[folder] / name
 
     def of_row(self, dataset: int, row: int) -> list[int]:
         """The images of a row, each once."""

@@ -79,13 +79,13 @@ def examine(
     with ExitStack() as stack:
         datasets, unreadable = open_datasets(run, spec, stages=stages, progress=progress)
         tables = [ArrowRows(dataset.info.path).table() for dataset in datasets]
-        pictures = Pictures(tables, [dataset.image_root for dataset in datasets])
+        pictures = Pictures(tables, [dataset.image_root for dataset in datasets], run.data.cache_dir)
         tally = Tally()
         seconds = {"reading": time.perf_counter() - started}
 
         clock = time.perf_counter()
         of_images = stack.enter_context(closing(Spool(len(pictures), out)))
-        image_job = ImageJob(decode=decode, follow_links=run.data.follow_links)
+        image_job = ImageJob(decode=decode, follow_links=run.data.follow_links, cache_dir=run.data.cache_dir)
         with phase("look at images", total=len(pictures), unit="images", show=progress) as report:
             for done in run_job(image_job, pictures.tasks(), workers=workers, stuck_after_s=stuck_after_s):
                 for place, findings in done.found:
