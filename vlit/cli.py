@@ -84,6 +84,15 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if healthy else 1
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from vlit.serve.convert import convert
+
+    convert(
+        args.path, args.out, source_format=args.source, to=args.to, options=args.overrides, images=args.images,
+        quarantine=args.on_bad_record == "quarantine", budget=args.quarantine_budget,
+    )  # fmt: skip
+
+
 def _report(args: argparse.Namespace) -> None:
     from vlit.serve.report import write_report
 
@@ -193,6 +202,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=_at_least_one, help="processes (default: one a core)")
     sub.add_argument(
         "--images", choices=["decode", "header"], default="decode", help="decode every image, or read headers only"
+    )
+
+    sub = command("convert", _convert, "Write a dataset of any known format as LLaVA JSON or Parquet.", overrides=False)
+    sub.add_argument("path", type=Path, help="dataset file or folder")
+    sub.add_argument("out", type=Path, help=".jsonl or .json file, or .parquet file")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the format")
+    sub.add_argument(
+        "--from", dest="source", required=True, metavar="FORMAT", help="format of PATH, as in data sources"
+    )
+    sub.add_argument("--to", choices=["llava", "parquet"], default="llava", help="parquet holds the pictures as well")
+    sub.add_argument("--images", type=Path, help="folder of the image paths (default: the dataset's own)")
+    sub.add_argument("--on-bad-record", choices=["error", "quarantine"], default="error")
+    sub.add_argument(
+        "--quarantine-budget", type=float, default=0.01, help="most bad records, as a share (default: 0.01)"
     )
 
     sub = command("report", _report, "Write report.html of a run folder.", overrides=False)
