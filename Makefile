@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-short demo-ablation test lint docs clean
+.PHONY: demo demo-short demo-ablation test test-slow docs clean
 
 demo: $(STAMP)  ## train both stages on the embedded world, evaluate, write the report
 	$(BIN)/vlit demo
@@ -15,11 +15,14 @@ demo-short: $(STAMP)  ## the same with a few steps: does everything run?
 demo-ablation: $(STAMP)  ## what each ingredient is worth, from runs
 	$(BIN)/vlit demo-ablation
 
-test: $(STAMP)  ## the whole test suite
+test: $(STAMP)  ## linters and the test suite, but for the tests marked slow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the rest: several ranks, kills, hangs, whole commands in fresh processes
+	$(BIN)/python -m pytest -m slow
 
 docs: $(STAMP)  ## regenerate the configuration reference and its JSON schema
 	$(BIN)/vlit reference --out docs

@@ -8,9 +8,18 @@ import pytest
 import torch
 
 
+WHOLE_RUNS = {
+    "test_docs_clusters", "test_lost_ranks", "test_plan", "test_preflight", "test_resume_ranks", "test_slurm",
+    "test_strategies", "test_watchdog",
+}  # fmt: skip
+"""Test modules that start torchrun, launchers or fresh processes again and again: ``make test-slow``."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped where there is none."""
+    """Tests marked ``gpu`` are skipped where there is none; whole test modules of many processes are ``slow``."""
     for item in items:
+        if item.path.stem in WHOLE_RUNS:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
