@@ -32,11 +32,11 @@ class DataSource(Strict):
     """One dataset of a mixture."""
 
     path: str
-    """LLaVA-style `.json` or `.jsonl` file."""
+    """Dataset file, or the folder of a format that reads folders."""
     format: component("format") = {"type": "llava"}  # type: ignore[valid-type]
-    """How records are read: `llava`."""
+    """How records are read: `llava`, or the format of another published system."""
     images: str = ""
-    """Folder the records' image paths are relative to. Empty: the folder of `path`."""
+    """Folder the records' image paths are relative to. Empty: the folder of `path`, or `path` where it is a folder."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each record is seen per epoch: 0.5 = a random half, 2 = twice. A new half is drawn every epoch."""
     max_records: PositiveInt | None = None

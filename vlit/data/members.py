@@ -102,7 +102,8 @@ def _copy(container: Path, identity: str, name: str, folder: Path) -> None:
 def _decoded(value: bytes, container: Path, name: str) -> bytes:
     try:
         text = orjson.loads(value)
-        return base64.b64decode(text.split(",", 1)[1] if text.startswith("data:") else text)
+        text = text.split(",", 1)[1] if text.startswith("data:") else text
+        return base64.b64decode("".join(text.split()), validate=True)
     except (orjson.JSONDecodeError, binascii.Error, ValueError, AttributeError) as error:
         raise DataError(f"{container}: {name!r} is not an image as base64 text ({error}). Replace the file.") from error
 

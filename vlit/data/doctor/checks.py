@@ -27,7 +27,7 @@ class Check(NamedTuple):
 
 CHECKS: dict[str, Check] = {
     "json": Check("error", "not valid JSON", "Write the record anew. NaN and Infinity are no JSON: use null or a string."),
-    "fields": Check("error", "id or kind of the wrong type", "Make id a string or a whole number, and kind a string."),
+    "fields": Check("error", "a field missing or of the wrong type", "Make the field that is named what its format asks for."),
     "turns": Check(
         "error",
         "conversations missing, empty or out of order",
@@ -42,6 +42,9 @@ CHECKS: dict[str, Check] = {
         "error",
         "placeholders and images differ",
         "Write one <image> in a human turn for each image, and list one image for each <image>.",
+    ),
+    "point_cloud": Check(
+        "error", "a point cloud instead of a picture", "Leave them out: no encoder here sees point clouds."
     ),
     "record": Check("error", "refused by the format", "Make the record what the format describes."),
     "image_missing": Check(
