@@ -15,6 +15,7 @@ from typing import Any
 from vlit.errors import VlitError
 from vlit.registry import load_plugins
 from vlit.serve.synth_commands import add_data_commands
+from vlit.serve.synth_options import add_engine_commands
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -245,6 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(handler=handler, plugin=[])
         return sub
 
+    add_engine_commands(synth_command)
     add_data_commands(synth_command)
 
     sub = command("reference", _schema, "Write the configuration reference and JSON schema.", overrides=False)

@@ -34,6 +34,10 @@ class EvaluationError(VlitError):
     """Answers cannot be scored: unreadable questions, missing answers, or a folder that holds another evaluation."""
 
 
+class SynthError(VlitError):
+    """The data engine cannot go on: the budget is used up, the teacher does not answer, or another process writes here."""
+
+
 class ExportError(VlitError):
     """The model cannot be expressed in the requested format; the message says which part and why."""
 

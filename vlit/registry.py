@@ -77,8 +77,14 @@ FORMATS = Registry("format", "vlit.data.formats")
 BENCHMARKS = Registry("benchmark", "vlit.eval.benchmarks")
 WORLDS = Registry("world", "vlit.synth.worlds")
 TRACKERS = Registry("tracker", "vlit.train.trackers")
+TEACHERS = Registry("teacher", "vlit.synth.teachers")
+RECIPES = Registry("recipe", "vlit.synth.recipes")
+GENERATORS = Registry("generator", "vlit.synth.generators")
 
-ALL = {r.kind: r for r in (ENCODERS, CONNECTORS, LLMS, FUSIONS, TEMPLATES, FORMATS, BENCHMARKS, WORLDS, TRACKERS)}
+_MODEL = (ENCODERS, CONNECTORS, LLMS, FUSIONS)
+_DATA = (TEMPLATES, FORMATS, BENCHMARKS, WORLDS, TRACKERS)
+_SYNTH = (TEACHERS, RECIPES, GENERATORS)
+ALL = {r.kind: r for r in (*_MODEL, *_DATA, *_SYNTH)}
 
 
 def load_plugins(modules: list[str]) -> None:

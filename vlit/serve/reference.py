@@ -96,7 +96,7 @@ def json_schema() -> dict[str, Any]:
 
 _KIND_OF_FIELD = {
     "encoder": "encoder", "connector": "connector", "llm": "llm", "fusion": "fusion", "template": "template",
-    "format": "format", "world": "world", "trackers": "tracker",
+    "format": "format", "world": "world", "trackers": "tracker", "generator": "generator",
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""The data engine: pictures and annotations in, visual instructions out, through teachers and published recipes."""

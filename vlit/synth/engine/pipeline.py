@@ -1,0 +1,270 @@
+"""Runs a recipe's stages: parallel, resumable, counted. What a run leaves in its folder::
+
+run.json            settings of the last run
+calls.jsonl         every request, reply and cost (calls.py)
+stages/NN-name.jsonl   outcome of every item (stages.py)
+dataset.jsonl       the records, in the order of the inputs; complete or absent
+rejected.jsonl      what was left out, and why
+report.json         counts and costs
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlit.data.progress import phase
+from vlit.data.record import from_json, write_records
+from vlit.durable import make_folder, replace_file
+from vlit.errors import ConfigError, SynthError
+from vlit.synth.engine.calls import NANO, CallLog, Totals
+from vlit.synth.engine.client import Client, Unanswered
+from vlit.synth.engine.recipe import Inputs
+from vlit.synth.engine.settings import SynthConfig
+from vlit.synth.engine.stages import (
+    AskEach,
+    Item,
+    Outcome,
+    Stage,
+    StageStore,
+    Whole,
+    item_key,
+    unique,
+    work_on,
+)  # fmt: skip
+from vlit.synth.engine.teacher import Teacher
+
+WINDOW = 4
+"""Items handed to the threads ahead of time, for each thread."""
+
+
+@dataclass
+class StageCount:
+    """What one stage did."""
+
+    name: str
+    items_in: int = 0
+    items_out: int = 0
+    reused: int = 0
+    unanswered: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.name, "in": self.items_in, "out": self.items_out, "reused": self.reused,
+            "unanswered": self.unanswered, "rejected": dict(self.rejected.most_common()),
+        }  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What a run did; ``records`` is None while some items are unanswered (unless ``write_partial``)."""
+
+    stages: list[StageCount]
+    totals: Totals
+    records: int | None = None
+
+    @property
+    def unanswered(self) -> int:
+        return sum(stage.unanswered for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "records": self.records, "unanswered": self.unanswered, "stages": [s.to_json() for s in self.stages],
+            "cost_usd": self.totals.spent / NANO, "possibly_spent_usd": self.totals.committed / NANO,
+            "tokens_in": self.totals.tokens_in, "tokens_out": self.totals.tokens_out,
+            "replies": self.totals.replies, "failed_requests": self.totals.failures,
+            "requests_without_outcome": len(self.totals.open),
+        }  # fmt: skip
+
+
+def build_teachers(settings: SynthConfig) -> dict[str, Teacher]:
+    """The teachers by role; one object when both roles are the same."""
+    text = settings.teacher.build()
+    vision = settings.vision_teacher.build() if settings.vision_teacher else text
+    if settings.budget_usd is not None:
+        for teacher in (text, vision):
+            if teacher.is_remote and not (teacher.limits.nano_per_token_in or teacher.limits.nano_per_token_out):
+                raise ConfigError(
+                    "budget_usd is set, but a teacher has no prices. Set its usd_per_million_in and usd_per_million_out."
+                )
+    return {"text": text, "vision": vision}
+
+
+def inputs_of(settings: SynthConfig, teachers: dict[str, Teacher]) -> Inputs:
+    """The inputs of a run; ConfigError when an image folder is missing."""
+    if settings.images and not Path(settings.images).is_dir():
+        raise ConfigError(
+            f"images: {settings.images} is not a folder. Give the folder that image paths are relative to."
+        )
+    domains = teachers["text"].known_domains()
+    return Inputs(
+        tuple(Path(p) for p in settings.annotations),
+        Path(settings.images),
+        tuple(Path(p) for p in settings.records),
+        Path(settings.out),
+        settings.seed,
+        settings.max_items,
+        None if domains is None else frozenset(domains),
+    )
+
+
+def run(settings: SynthConfig, *, show: bool = True) -> Report:
+    """Run all stages and write the dataset. The same call continues a run that was stopped in whatever way.
+
+    Raises:
+        BudgetExhausted: the rest does not fit into the budget; what is done is kept.
+        SynthError: too many requests failed in a row, or another process writes here.
+    """
+    teachers = build_teachers(settings)
+    inputs = inputs_of(settings, teachers)
+    out = Path(settings.out)
+    make_folder(out)
+    cap = None if settings.budget_usd is None else round(settings.budget_usd * NANO)
+    log = CallLog(Path(settings.calls) if settings.calls else out / "calls.jsonl", cap_nano=cap)
+    try:
+        _begin(settings, out, log, show=show)
+        clients = {role: Client(teacher, log, seed=settings.seed) for role, teacher in teachers.items()}
+        if teachers["text"] is teachers["vision"]:
+            clients["vision"] = clients["text"]
+        items: list[Item] = list(unique(settings.recipe.inputs(inputs)))
+        rejected: list[dict[str, Any]] = []
+        report = Report([], log.totals)
+        try:
+            for number, stage in enumerate(settings.recipe.stages(inputs), start=1):
+                runner = _StageRun(stage, StageStore(out, number, stage.name), clients, settings, show=show)
+                report.stages.append(runner.count)
+                items = runner.run(items, rejected)
+            if not report.unanswered or settings.write_partial:
+                report.records = write_records(out / "dataset.jsonl", (from_json(item) for item in items))
+        finally:
+            replace_file(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
+            replace_file(out / "report.json", json.dumps(report.to_json(), indent=2))
+        return report
+    finally:
+        log.close()
+
+
+def _begin(settings: SynthConfig, out: Path, log: CallLog, *, show: bool) -> None:
+    """Note the settings; a dataset of other settings is taken away, since it would be read as this run's."""
+    now = json.dumps(settings.model_dump(mode="json"), indent=2)
+    held = (out / "run.json").read_text(encoding="utf-8") if (out / "run.json").is_file() else now
+    if held != now and (out / "dataset.jsonl").is_file():
+        (out / "dataset.jsonl").unlink()
+        if show:
+            print(
+                f"synth: settings differ from the last run in {out}; finished work that still applies is reused",
+                file=sys.stderr,
+            )
+    replace_file(out / "run.json", now)
+    if log.orphans and show:
+        print(
+            f"synth: {log.orphans} requests of earlier runs have no outcome and stay reserved "
+            f"(${sum(log.totals.open.values()) / NANO:.4f})",
+            file=sys.stderr,
+        )
+
+
+class _StageRun:
+    """One pass over the items of one stage."""
+
+    def __init__(
+        self, stage: Stage, store: StageStore, clients: dict[str, Client], settings: SynthConfig, *, show: bool
+    ) -> None:
+        self.stage, self.store, self.clients, self.settings, self.show = stage, store, clients, settings, show
+        self.count = StageCount(stage.name)
+        self._in_a_row = 0
+
+    def run(self, items: list[Item], rejected: list[dict[str, Any]]) -> list[Item]:
+        """The items for the next stage, in the order of the items that they came from."""
+        self.count.items_in = len(items)
+        try:
+            if isinstance(self.stage, Whole):
+                keys = [item_key(self.stage, items, self.clients)]
+                if keys[0] in self.store:
+                    self.count.reused = len(items)
+                else:
+                    self.store.put(keys[0], "*", Outcome(self.stage.work(items)))
+            else:
+                keys = [item_key(self.stage, item, self.clients) for item in items]
+                self._work(items, keys)
+            found: list[Item] = []
+            for item, key in zip(items, keys, strict=False) if len(keys) == len(items) else [({"id": "*"}, keys[0])]:
+                outcome = self.store.get(key) if key in self.store else Outcome([])
+                found += outcome.items
+                if outcome.rejected:
+                    self.count.rejected[outcome.rejected.split(":")[0]] += 1
+                    rejected.append({"stage": self.stage.name, "id": item["id"], "reason": outcome.rejected})
+            kept = list(unique(found))
+            self.count.items_out = len(kept)
+            return kept
+        finally:
+            self.store.close()
+
+    def _work(self, items: list[Item], keys: list[str]) -> None:
+        todo = {key: item for key, item in zip(keys, items, strict=True) if key not in self.store}
+        self.count.reused = len(items) - len(todo)
+        if not todo:
+            return
+        is_asking = isinstance(self.stage, AskEach)
+        threads = self.clients[self.stage.role].teacher.limits.concurrency if isinstance(self.stage, AskEach) else 1
+        with phase(f"synth {self.stage.name}", total=len(todo), unit="items", show=self.show) as report:
+            if not is_asking:
+                for key, item in todo.items():
+                    self._done(key, item, work_on(self.stage, item, self.clients))  # type: ignore[arg-type]
+                    report(1)
+                return
+            waiting = iter(todo.items())
+            flying: dict[Future[Outcome], tuple[str, Item]] = {}
+            with ThreadPoolExecutor(threads, thread_name_prefix="teacher") as pool:
+                try:
+                    while self._submit(pool, waiting, flying, WINDOW * threads):
+                        finished, _ = wait(flying, return_when=FIRST_COMPLETED)
+                        for future in finished:
+                            self._settle(future, *flying.pop(future))
+                            report(1)
+                except BaseException:
+                    self._stop(flying)
+                    raise
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, waiting: Iterator[tuple[str, Item]],
+        flying: dict[Future[Outcome], tuple[str, Item]], window: int,
+    ) -> bool:  # fmt: skip
+        while len(flying) < window and (pair := next(waiting, None)) is not None:
+            flying[pool.submit(work_on, self.stage, pair[1], self.clients)] = pair  # type: ignore[arg-type]
+        return bool(flying)
+
+    def _settle(self, future: Future[Outcome], key: str, item: Item) -> None:
+        try:
+            outcome = future.result()
+        except Unanswered as error:
+            self.count.unanswered += 1
+            self._in_a_row += 1
+            if self._in_a_row >= self.settings.max_unanswered:
+                raise SynthError(
+                    f"{self._in_a_row} requests in a row were not answered, the last one: {error}. What is done is kept; "
+                    "mend it and run the same command again."
+                ) from error
+            return
+        self._in_a_row = 0
+        self._done(key, item, outcome)
+
+    def _done(self, key: str, item: Item, outcome: Outcome) -> None:
+        self.store.put(key, item["id"], outcome)
+
+    def _stop(self, flying: dict[Future[Outcome], tuple[str, Item]]) -> None:
+        """Let nothing new leave, and keep what is still coming in."""
+        for client in self.clients.values():
+            client.stopped.set()
+        for future in flying:
+            future.cancel()
+        for future, (key, item) in flying.items():
+            if not future.cancelled() and future.exception() is None:
+                self._done(key, item, future.result())

@@ -1,0 +1,136 @@
+"""A recipe is a list of small stages over JSON items; each finished item is one line of the stage's journal.
+
+An item's key is the hash of stage, prompt and settings version, teacher and the item itself. So a stage that is run again does
+only what is new: after a kill, with more pictures, or after a change of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlit.synth.engine.client import Client
+from vlit.synth.engine.journal import Journal
+from vlit.synth.engine.parse import Rejected
+from vlit.synth.engine.teacher import Ask, Declined, Reply, content_hash
+
+Item = dict[str, Any]
+"""One line of work; ``id`` is unique within a stage."""
+
+
+@dataclass(frozen=True)
+class Each:
+    """Turns one item into any number of items, without a teacher."""
+
+    name: str
+    version: str
+    work: Callable[[Item], list[Item]]
+
+
+@dataclass(frozen=True)
+class AskEach:
+    """Asks a teacher about each item.
+
+    ``prepare`` returns None for an item that needs no question; ``finish`` makes items of a reply (None: of no question) or
+    raises Rejected. A rejected reply is asked for again up to ``draws`` times in all, each time as another request.
+    """
+
+    name: str
+    version: str
+    prepare: Callable[[Item], Ask | None]
+    finish: Callable[[Item, Reply | None], list[Item]]
+    role: Literal["text", "vision"] = "text"
+    likely_tokens_out: int = 200
+    draws: int = 2
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Turns all items into others at once: selection, balancing, retrieval. Pure and seeded."""
+
+    name: str
+    version: str
+    work: Callable[[list[Item]], list[Item]]
+
+
+Stage = Each | AskEach | Whole
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item."""
+
+    items: list[Item]
+    rejected: str = ""
+
+
+class StageStore:
+    """Outcomes of a stage by key, on disk; only offsets are held in memory."""
+
+    def __init__(self, folder: Path, number: int, name: str) -> None:
+        self._journal = Journal(stage_file(folder, number, name))
+        self._offsets = {row["key"]: offset for offset, row in self._journal.recover()}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._offsets
+
+    def put(self, key: str, item_id: str, outcome: Outcome) -> None:
+        """Store durably."""
+        row = {"key": key, "id": item_id, "out": outcome.items}
+        self._offsets[key] = self._journal.append(row | ({"rejected": outcome.rejected} if outcome.rejected else {}))
+
+    def get(self, key: str) -> Outcome:
+        """What was stored."""
+        row = self._journal.read(self._offsets[key])
+        return Outcome(row["out"], row.get("rejected", ""))
+
+    def close(self) -> None:
+        """Release the file."""
+        self._journal.close()
+
+
+def stage_file(folder: Path, number: int, name: str) -> Path:
+    """``stages/02-ask.jsonl``."""
+    return folder / "stages" / f"{number:02d}-{name}.jsonl"
+
+
+def item_key(stage: Stage, item: Any, clients: dict[str, Client]) -> str:
+    """Cache key of one item in one stage."""
+    teacher = clients[stage.role].teacher.identity() if isinstance(stage, AskEach) else None
+    draws = stage.draws if isinstance(stage, AskEach) else None
+    return content_hash([stage.name, stage.version, teacher, draws, item])
+
+
+def work_on(stage: Each | AskEach, item: Item, clients: dict[str, Client]) -> Outcome:
+    """The outcome of one item. Unanswered and BudgetExhausted pass through: the item stays undone."""
+    reason = ""
+    if isinstance(stage, Each):
+        try:
+            return Outcome(stage.work(item))
+        except Rejected as rejected:
+            return Outcome([], str(rejected))
+    ask = stage.prepare(item)
+    if ask is None:
+        try:
+            return Outcome(stage.finish(item, None))
+        except Rejected as rejected:
+            return Outcome([], str(rejected))
+    for sample in range(stage.draws):
+        try:
+            return Outcome(stage.finish(item, clients[stage.role].ask(ask.draw(sample))))
+        except Declined as declined:
+            return Outcome([], f"declined: {declined}")
+        except Rejected as rejected:
+            reason = str(rejected)
+    return Outcome([], reason)
+
+
+def unique(items: Sequence[Item]) -> Iterator[Item]:
+    """Items by id; a second item of an id is dropped, so that a record is there once whatever the stages gave."""
+    seen: set[str] = set()
+    for item in items:
+        if item["id"] not in seen:
+            seen.add(item["id"])
+            yield item

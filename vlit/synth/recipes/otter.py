@@ -1,0 +1,89 @@
+"""In-context sets as Otter trains on (MIMIC-IT, arXiv:2306.05425 §3.3.1): each record behind similar solved ones.
+
+For every record the most similar others of the same kind are found, by the text of the question (TF-IDF) or by the picture
+(average hash, or a CLIP). They come first, the record itself last, as one conversation of several pictures. Their ids are in
+``provenance.rel_ins_ids``, MIMIC-IT's name for them. A record is never its own example, nor is one of the same picture.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vlit.data.record import Record, from_json, read_records, to_json
+from vlit.errors import ConfigError
+from vlit.registry import RECIPES
+from vlit.synth.engine.recipe import Inputs, RecipeConfig
+from vlit.synth.engine.similarity import average_hashes, clip_features, neighbours, tfidf
+from vlit.synth.engine.stages import Item, Stage, Whole
+from vlit.types import Turn
+
+
+@RECIPES.register("otter")
+class OtterRecipe(RecipeConfig):
+    """In-context sets: each record behind similar ones (Otter, MIMIC-IT). Takes finished records, asks nobody."""
+
+    type: str = "otter"
+    by: Literal["text", "image_hash", "clip"] = "text"
+    """What similarity is of."""
+    examples: Annotated[int, Field(ge=1, le=10)] = 2
+    """Examples before each record, at most (MIMIC-IT: up to 10)."""
+    max_turns: Annotated[int, Field(ge=1)] = 1
+    """Question-answer turns of each example; the record itself keeps all."""
+    clip: str = ""
+    """Folder of a CLIP model (transformers), for `by: clip`."""
+
+    def inputs(self, inputs: Inputs) -> list[Item]:
+        """The records with one picture."""
+        if not inputs.records:
+            raise ConfigError("recipe otter: needs finished records. Give --records dataset.jsonl of an earlier run.")
+        found = [to_json(record) for path in inputs.records for record in read_records(path) if len(record.images) == 1]
+        if not found:
+            raise ConfigError("recipe otter: no record with exactly one picture in the given files.")
+        return inputs.take(found)
+
+    def stages(self, inputs: Inputs) -> list[Stage]:
+        if self.by == "clip" and not self.clip:
+            raise ConfigError("recipe.clip: by is clip, but no CLIP folder is given.")
+
+        def build(items: list[Item]) -> list[Item]:
+            records = [from_json(item) for item in items]
+            pictures = [str(inputs.images / record.images[0]) for record in records]
+            if self.by == "text":
+                features = tfidf(
+                    [" ".join(t.text for t in r.turns if t.role == "user").replace("<image>", "") for r in records]
+                )
+            elif self.by == "image_hash":
+                features = average_hashes(pictures)
+            else:
+                features = clip_features(pictures, self.clip)
+            groups = [(record.kind or "") for record in records]
+            near = neighbours(features, groups=groups, owners=pictures, count=self.examples)
+            return [
+                to_json(in_context(record, [records[n] for n in numbers], self))
+                for record, numbers in zip(records, near, strict=True)
+                if numbers
+            ]
+
+        return [Whole("sets", self.version(), build)]
+
+
+def in_context(record: Record, examples: list[Record], recipe: OtterRecipe) -> Record:
+    """One conversation: the examples, the nearest one last before the record, then the record."""
+    turns: list[Turn] = [turn for turn in record.turns if turn.role == "system"]
+    for example in reversed(examples):
+        said = [turn for turn in example.turns if turn.role != "system"]
+        kept = said[: 2 * recipe.max_turns]
+        marks = [turn for turn in kept if "<image>" in turn.text]
+        if not marks:  # its picture is shown in a later turn, which is cut
+            kept = [Turn("user", f"<image>\n{kept[0].text}"), *kept[1:]]
+        turns += kept
+    turns += [turn for turn in record.turns if turn.role != "system"]
+    images = (*(example.images[0] for example in reversed(examples)), *record.images)
+    provenance = {"recipe": "otter", "by": recipe.by, "rel_ins_ids": [e.id for e in reversed(examples)]}
+    source = {"source": record.provenance} if record.provenance else {}
+    return Record(
+        f"{record.id}-in-context", tuple(turns), images, kind=record.kind, domain=record.domain,
+        instruction_type=record.instruction_type, provenance=provenance | source,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Teachers: who answers the prompts of a recipe. One file a teacher, registered in ``TEACHERS``."""
