@@ -21,6 +21,25 @@ from typing import Any
 FAULTS = ("429", "500", "slow", "cut_json", "cut_body", "twice", "refusal", "wrong_format", "echo_key")
 TALK = "Question:\nWhat is shown?\n===\nAnswer:\nThe image shows {}.\n===\nQuestion:\nIs it red?\n===\nAnswer:\nYes, it is."
 
+TAGGED = {
+    "judgement": "<Q1>Is there a square?</Q1><A1>Yes, there is.</A1>",
+    "choice": "<Q1>Which shape is it?</Q1><C1>A. circle B. square C. star D. line</C1><A1>B. square</A1>",
+    "short": "<Q1>Which shape is it?</Q1><A1>A square.</A1>",
+    "long": "<Q1>What is shown?</Q1><A1>A square fills the whole picture from side to side.</A1>",
+}
+"""Answers in numbered tags by the type that a prompt asks for."""
+
+
+def talk(asked: dict[str, Any], key: str) -> str:
+    """An answer in the form that the prompt asks for."""
+    system = str(asked["messages"][0]["content"])
+    for kind, text in TAGGED.items():
+        if f'of the type "{kind}"' in system:
+            return text
+    if len(asked["messages"]) == 1 or isinstance(asked["messages"][-1]["content"], list):
+        return f"A square fills the picture. It is thing {key[:6]}."
+    return TALK.format(f"thing {key[:6]}")
+
 
 @dataclass
 class Accounts:
@@ -128,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
             accounts.tokens_out += tokens_out
         if fault == "slow":
             time.sleep(server.slow_s)
-        message: dict[str, Any] = {"role": "assistant", "content": TALK.format(f"thing {key[:6]}")}
+        message: dict[str, Any] = {"role": "assistant", "content": talk(asked, key)}
         if fault == "refusal":
             message |= {"content": None, "refusal": "I would rather not describe this."}
         elif fault == "wrong_format":

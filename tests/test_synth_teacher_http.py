@@ -99,6 +99,7 @@ def kill_and_restart(server: Server, path: Path, *, kills: int, seed: int) -> st
     return said
 
 
+@pytest.mark.slow
 def test_killed_five_times_every_record_is_there_once_and_nothing_is_paid_twice_beyond_what_was_in_flight(
     tmp_path: Path,
 ) -> None:
@@ -190,7 +191,7 @@ def client(server: Server, path: Path, **options: Any) -> Client:
 
 
 def ask(text: str, **more: Any) -> Ask:
-    return Ask("conversation", (Message("user", text),), 50, **more)
+    return Ask("conversation", (Message("system", "Talk."), Message("user", text)), 50, **more)
 
 
 def test_the_same_request_from_many_threads_is_sent_once_and_another_draw_is_another_request(tmp_path: Path) -> None:
