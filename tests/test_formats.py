@@ -37,6 +37,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLIT_CACHE", str(tmp_path / "cache"))
 
 
+def picture_bytes() -> bytes:
+    """A small PNG."""
+    return (FOLDER / "sharegpt" / "a.png").read_bytes()
+
+
 def format_of(name: str, folder: Path) -> FormatConfig:
     settings = {key: str(folder) if value == "@" else value for key, value in CASES[name].get("format", {}).items()}
     return FORMATS.get(name).model_validate({"type": name, **settings})

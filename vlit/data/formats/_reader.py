@@ -129,6 +129,28 @@ def member(value: dict[str, Any], key: str, path: Path, *, expected: type = list
     return held
 
 
+def by_key(entries: Sequence[Any], *keys: str) -> dict[Any, dict[str, Any]]:
+    """Objects by their id (the first of ``keys`` that they have). What is no object, or has no usable id, is in no table;
+    records that ask for it say so.
+    """
+    table = {}
+    for entry in entries:
+        identity = next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
+        if is_name(identity):
+            table[identity] = entry
+    return table
+
+
+def look_up(table: dict[Any, dict[str, Any]], identity: Any) -> dict[str, Any] | None:
+    """The object of an id, which may be any JSON value."""
+    return table.get(identity) if is_name(identity) else None
+
+
+def is_name(value: Any) -> bool:
+    """Whether a JSON value can be an id."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
 def an_object(entry: Any) -> dict[str, Any]:
     """The entry as an object."""
     if not isinstance(entry, dict):
@@ -151,7 +173,7 @@ def text_of(entry: dict[str, Any], key: str) -> str:
 def name_of(entry: dict[str, Any], key: str) -> str:
     """A field that is a name or a number, as text."""
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+    if not is_name(value) or value == "":
         has = "is missing" if value is None else f"is {kind_of(value)} {shown(value)}"
         raise BadRecord(f"{key} {has}, expected a name or a whole number", "fields")
     return str(value)
@@ -220,6 +242,6 @@ def share_box(
 def _identity(entry: Any) -> str | None:
     if isinstance(entry, dict):
         for key in _IDS:
-            if isinstance(value := entry.get(key), (str, int)) and not isinstance(value, bool):
+            if is_name(value := entry.get(key)):
                 return str(value)
     return None

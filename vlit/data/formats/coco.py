@@ -21,8 +21,11 @@ from vlit.data.formats._reader import (
     RecordFormat,
     an_object,
     ask,
+    by_key,
+    is_name,
     list_of,
     load_json,
+    look_up,
     member,
     name_of,
     number_of,
@@ -64,23 +67,24 @@ class CocoFormat(RecordFormat):
     def entries(self, path: Path) -> Iterator[Any]:
         """Captions with their picture, or pictures with their instances."""
         content = load_json(path)
-        images = {image.get("id"): image for image in member(content, "images", path) if isinstance(image, dict)}
+        images = by_key(member(content, "images", path), "id")
         annotations = member(content, "annotations", path)
         captions = any(isinstance(one, dict) and "caption" in one for one in annotations[:1])
         if self.task == "caption" or (self.task == "auto" and captions):
             for one in annotations:
-                yield {**one, "picture": images.get(one.get("image_id"))} if isinstance(one, dict) else one
+                yield {**one, "picture": look_up(images, one.get("image_id"))} if isinstance(one, dict) else one
             return
         if captions:
             raise DataError(
                 f"{path}: holds captions, no instances. Set format.task: caption, or name instances_*.json."
             )
-        names = {one.get("id"): one.get("name") for one in member(content, "categories", path) if isinstance(one, dict)}
+        names = by_key(member(content, "categories", path), "id")
         by_image: dict[Any, list[Any]] = {}
         for one in annotations:
-            by_image.setdefault(one.get("image_id") if isinstance(one, dict) else None, []).append(one)
+            identity = one.get("image_id") if isinstance(one, dict) else None
+            by_image.setdefault(identity if is_name(identity) else repr(identity), []).append(one)
         for identity, objects in by_image.items():
-            yield {"id": identity, "picture": images.get(identity), "objects": objects, "names": names}
+            yield {"id": identity, "picture": look_up(images, identity), "objects": objects, "names": names}
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """A caption as an answer, or a list of objects as one."""
@@ -103,12 +107,12 @@ class CocoFormat(RecordFormat):
             one = an_object(one)
             if one.get("iscrowd"):
                 continue
-            label = entry["names"].get(one.get("category_id"))
-            if not isinstance(label, str):
+            category = look_up(entry["names"], one.get("category_id"))
+            if category is None:
                 raise BadRecord(
                     f"category_id is {shown(one.get('category_id'))}, which is no category of this file", "fields"
                 )
-            regions.append(Region(label, box_of(one, "bbox", size)))
+            regions.append(Region(text_of(category, "name"), box_of(one, "bbox", size)))
         if not regions:
             raise BadRecord("annotations: the picture has crowds only, no single object", "fields")
         form = FORMS[self.boxes]

@@ -17,8 +17,10 @@ from vlit.data.formats._reader import (
     SHORT_ANSWER,
     RecordFormat,
     an_object,
+    by_key,
     list_of,
     load_json,
+    look_up,
     member,
     name_of,
     number_of,
@@ -92,14 +94,14 @@ class RefCocoFormat(_Regions):
         if not isinstance(refs, list):
             raise DataError(f"{path}: holds no list of references. Check data path and format.")
         content = load_json(path.with_name(self.instances))
-        images = {image.get("id"): image for image in member(content, "images", path)}
-        boxes = {one.get("id"): one for one in member(content, "annotations", path)}
+        images = by_key(member(content, "images", path.with_name(self.instances)), "id")
+        boxes = by_key(member(content, "annotations", path.with_name(self.instances)), "id")
         for ref in refs:
             if not isinstance(ref, dict):
                 yield ref
             elif self.split in ("all", ref.get("split")):
-                known = {"id": ref.get("ref_id"), "picture": images.get(ref.get("image_id"))}
-                yield {**ref, **known, "box": boxes.get(ref.get("ann_id"))}
+                known = {"id": ref.get("ref_id"), "picture": look_up(images, ref.get("image_id"))}
+                yield {**ref, **known, "box": look_up(boxes, ref.get("ann_id"))}
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """All sentences about one object."""
@@ -145,12 +147,12 @@ class VisualGenomeFormat(_Regions):
         """The pictures, each with its size where it is known."""
         sizes = path.with_name(self.image_data)
         listed = load_json(sizes, expected=list) if sizes.is_file() else []
-        data = {one.get("image_id", one.get("id")): one for one in listed if isinstance(one, dict)}
+        data = by_key(listed, "image_id", "id")
         for raw in iter_json_records(path):
             entry = parse(raw)
             if isinstance(entry, dict):
                 identity = entry.get("id", entry.get("image_id"))
-                entry = {**entry, "id": identity, "picture": data.get(identity)}
+                entry = {**entry, "id": identity, "picture": look_up(data, identity)}
             yield entry
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:

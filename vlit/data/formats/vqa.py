@@ -17,8 +17,10 @@ from vlit.data.formats._reader import (
     RecordFormat,
     an_object,
     ask,
+    by_key,
     list_of,
     load_json,
+    look_up,
     member,
     name_of,
     text_of,
@@ -70,9 +72,9 @@ class VqaV2Format(_Questions):
     def entries(self, path: Path) -> Iterator[Any]:
         """The questions, each with its annotation."""
         questions, answers = (load_json(file) for file in self.files(path))
-        held = {one.get("question_id"): one for one in member(answers, "annotations", path) if isinstance(one, dict)}
+        held = by_key(member(answers, "annotations", self.files(path)[1]), "question_id")
         for one in member(questions, "questions", path):
-            yield {**one, "annotation": held.get(one.get("question_id"))} if isinstance(one, dict) else one
+            yield {**one, "annotation": look_up(held, one.get("question_id"))} if isinstance(one, dict) else one
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """A question and its most frequent answer."""

@@ -1,0 +1,169 @@
+"""The other published shapes and settings of formats that have several."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data_fixtures import conversation
+from tests.test_formats import CASES, FOLDER, picture_bytes, records_of
+from vlit.data.formats._base import Row, record_of
+from vlit.data.images import resolve_image
+from vlit.data.record import Record, Region
+from vlit.errors import DataError
+from vlit.registry import FORMATS
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLIT_CACHE", str(tmp_path / "cache"))
+
+
+def read(name: str, path: Path, **settings: Any) -> list[Record]:
+    rows = list(FORMATS.get(name)(type=name, **settings).iter_rows(path))
+    assert all(isinstance(row, Row) for row in rows), rows
+    return [record_of(row) for row in rows if isinstance(row, Row)]
+
+
+def exchange(record: Record) -> list[str]:
+    return [turn.text for turn in record.turns]
+
+
+def test_coco_captions_are_one_record_each() -> None:
+    (record,) = read("coco", FOLDER / "coco" / "captions_train2017.json", image_name="train2017/{file_name}")
+    assert (record.id, record.images, record.kind) == ("48", ("train2017/000000000009.jpg",), "caption")
+    assert exchange(record)[1] == "A bowl of soup on a mat."
+    with pytest.raises(DataError, match="holds captions, no instances"):
+        read("coco", FOLDER / "coco" / "captions_train2017.json", task="detection")
+
+
+def test_objects_are_named_in_each_model_s_own_way() -> None:
+    path = FOLDER / "coco" / "instances_train2017.json"
+    answers = {form: exchange(read("coco", path, boxes=form)[1])[1] for form in ("minigpt_v2", "qwen_vl", "shikra")}
+    assert answers == {
+        "minigpt_v2": "<p>person</p> {<50><25><75><75>}",
+        "qwen_vl": "<ref>person</ref><box>(500,250),(749,749)</box>",
+        "shikra": "person [0.500,0.250,0.750,0.750]",
+    }
+
+
+def test_regions_are_described_as_well_as_located() -> None:
+    (record,) = read("refcoco", FOLDER / "refcoco" / "refs(unc).p", task="describe", boxes="cogvlm")
+    assert exchange(record)[:2] == [
+        "<image>\nDescribe the region [[100,100,500,600]] in a few words.", "the lady with the blue shirt",
+    ]  # fmt: skip
+    assert read("refcoco", FOLDER / "refcoco" / "refs.json") == records_of("refcoco")
+    assert [r.id for r in read("refcoco", FOLDER / "refcoco" / "refs.json", split="testA")] == ["1"]
+    assert len(read("refcoco", FOLDER / "refcoco" / "refs.json", split="all")) == 2
+
+
+def test_visual_genome_answers_questions_and_takes_the_first_regions() -> None:
+    folder = FOLDER / "visual_genome"
+    (record,) = read("visual_genome", folder / "question_answers.json")
+    assert record.images == ("VG_100K_2/1.jpg",)
+    assert exchange(record)[1] == "Green."
+    assert [len(r.regions) for r in read("visual_genome", folder / "region_descriptions.json", max_per_image=1)] == [
+        1,
+        1,
+    ]
+
+
+def test_ok_vqa_s_files_find_each_other(tmp_path: Path) -> None:
+    questions = {"questions": [{"image_id": 51606, "question": "What is the hairstyle?", "question_id": 516065}]}
+    answers = [
+        {"answer": "pony tail", "raw_answer": "ponytail", "answer_confidence": "yes", "answer_id": n} for n in (1, 2)
+    ]
+    given = {"annotations": [{"image_id": 51606, "answers": answers, "question_id": 516065, "answer_type": "other"}]}
+    (tmp_path / "OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps(questions))
+    (tmp_path / "mscoco_train2014_annotations.json").write_text(json.dumps(given))
+    path = tmp_path / "OpenEnded_mscoco_train2014_questions.json"
+    (record,) = read("vqav2", path, suffix="")
+    assert exchange(record) == ["<image>\nWhat is the hairstyle?", "pony tail"]
+    assert record.images == ("COCO_train2014_000000051606.jpg",)
+    shutil.move(path, tmp_path / "other.json")
+    with pytest.raises(DataError, match=r"set format\.annotations"):
+        read("vqav2", tmp_path / "other.json")
+
+
+def test_answers_come_in_the_form_that_is_asked_for() -> None:
+    letter = read("scienceqa", FOLDER / "scienceqa" / "problems.json", answer="letter")
+    assert [exchange(r)[1] for r in letter] == ["A", "A"]
+    assert exchange(letter[0])[0].endswith("B. rain\nAnswer with the option's letter from the given choices directly.")
+    assert [r.id for r in read("scienceqa", FOLDER / "scienceqa" / "problems.json", split="test")] == ["3"]
+    full = read("gqa", FOLDER / "gqa" / "train_balanced_questions.json", answer="full")
+    assert exchange(full[1]) == ["<image>\nWhat is on the wall?", "The pipe is on the wall."]
+    covers = read("ocrvqa", FOLDER / "ocrvqa" / "dataset.json", split="test")
+    assert [exchange(r)[1] for r in covers] == ["No"]
+
+
+def test_mimic_it_without_examples_is_one_exchange_each() -> None:
+    records = read("mimicit", FOLDER / "mimicit" / "LA_instructions.json")
+    assert [(len(r.turns), len(r.images), r.kind) for r in records] == [
+        (2, 1, "image"),
+        (2, 2, "images"),
+        (2, 0, "text"),
+    ]
+
+
+def test_a_single_file_of_mminstruct_and_a_whole_one_without_domain(tmp_path: Path) -> None:
+    row = {"image": "a.jpg", "conversations": conversation("<image>\nq", "a")}
+    for name, domain, kind in (("qa_en", None, "qa"), ("caption_cn", None, "caption"), ("chart_en", "chart", "qa")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        assert [(r.domain, r.kind) for r in read("mminstruct", path)] == [(domain, kind)], name
+
+
+def test_multiinstruct_without_sizes_keeps_pixels() -> None:
+    record = read("multiinstruct", FOLDER / "multiinstruct" / "train.jsonl")[0]
+    assert "Region 2 1.5 4 3" in exchange(record)[0]
+    assert record.regions == ()
+
+
+def test_boxes_of_texts_are_rewritten_and_regions_stay() -> None:
+    kept, moved = (
+        read("minigpt_v2", FOLDER / "minigpt_v2" / "grounded.json", boxes=form)[1] for form in ("keep", "llava")
+    )
+    assert exchange(kept)[1] == "<p>Four men</p> {<10><20><90><70>}"
+    assert exchange(moved)[1] == "Four men [0.10, 0.20, 0.90, 0.70]"
+    assert kept.regions == moved.regions == (Region("Four men", (0.1, 0.2, 0.9, 0.7)),)
+
+
+def test_tables_of_pairs_paths_and_plain_bytes(tmp_path: Path) -> None:
+    image = picture_bytes()
+    pairs = [
+        {"user": "What?", "assistant": "A tile.", "source": "s"},
+        {"user": "Sure?", "assistant": "Yes.", "source": "s"},
+    ]
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for name, row in (
+        ("train-00000-of-00002", {"texts": pairs, "images": [{"bytes": image, "path": None}]}),
+        ("train-00001-of-00002", {"texts": pairs[:1], "images": []}),
+        ("test-00000-of-00001", {"texts": pairs, "images": []}),
+    ):
+        pq.write_table(pa.Table.from_pylist([row]), folder / f"{name}.parquet")
+    records = read("hf_datasets", tmp_path / "set")
+    assert [exchange(r) for r in records] == [["<image>\nWhat?", "A tile.", "Sure?", "Yes."], ["What?", "A tile."]]
+    assert resolve_image(records[0].images[0], tmp_path / "set").read_bytes() == image
+    assert len(read("hf_datasets", tmp_path / "set", split="test")) == 1
+    pq.write_table(pa.Table.from_pylist([{"messages": chat, "picture": image}]), tmp_path / "b.parquet")
+    (record,) = read("parquet", tmp_path / "b.parquet", image="picture")
+    assert record.images == ("b.parquet#picture:0",)
+    assert resolve_image(record.images[0], tmp_path).read_bytes() == image
+    pq.write_table(pa.Table.from_pylist([{"q": "What?", "a": "This.", "image": "a/b.jpg"}]), tmp_path / "c.parquet")
+    (record,) = read("parquet", tmp_path / "c.parquet", question="q", answer="a")
+    assert (record.images, exchange(record)) == (("a/b.jpg",), ["<image>\nWhat?", "This."])
+
+
+def test_a_wrong_path_says_what_the_format_reads(tmp_path: Path) -> None:
+    for name in sorted(CASES):
+        with pytest.raises(DataError) as error:
+            list(FORMATS.get(name)(type=name).iter_rows(tmp_path / "nowhere.json"))
+        assert str(tmp_path) in str(error.value), name
