@@ -135,6 +135,27 @@ def test_killed_five_times_every_record_is_there_once_and_nothing_is_paid_twice_
     assert any("***" in text for text in texts)  # the endpoint did echo it
 
 
+@pytest.mark.slow
+def test_interrupted_with_ctrl_c_what_is_in_flight_is_kept_and_nothing_is_paid_twice(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(delay_s=0.05) as server:
+        raw = settings(server, coco(tmp_path / "data", 150), out)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+        command = [sys.executable, "-m", "vlit.cli", "synth", "run", "--config", str(tmp_path / "run.yaml"), "--yes"]
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while server.accounts.requests < 40 and child.poll() is None:
+            time.sleep(0.002)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == 130, said[-2000:]
+        stopped = json.loads((out / "report.json").read_text())
+        assert stopped["requests_without_outcome"] == 0
+        assert stopped["records"] is None
+        assert stopped["replies"] == len(server.accounts.good) < 150
+        assert run(config(raw), show=False).records == 150
+        assert set(server.accounts.good.values()) == {1}
+
+
 def test_without_kills_nothing_is_paid_twice_and_cost_and_tokens_are_the_servers(tmp_path: Path) -> None:
     with running(faults={"429": 0.1, "500": 0.1, "twice": 0.1}) as server:
         report = run(config(settings(server, coco(tmp_path / "data", 100), tmp_path / "out")), show=False)
