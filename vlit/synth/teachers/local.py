@@ -49,6 +49,7 @@ class LocalTeacher(Teacher):
     def __init__(self, config: LocalConfig) -> None:
         self.config = config
         self._loaded: Any = None
+        self._sees = False
         self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
@@ -69,7 +70,9 @@ class LocalTeacher(Teacher):
         import torch
 
         with self._lock:
-            self._loaded = self._loaded or self._load(bool(ask.messages[-1].images))
+            if self._loaded is None or (ask.messages[-1].images and not self._sees):
+                self._sees = bool(ask.messages[-1].images)
+                self._loaded = self._load(self._sees)
             torch.manual_seed(int(self.key(ask)[:15], 16))
             temperature = self.config.temperature if ask.sample else 0.0
             text = self._loaded(ask, temperature, min(ask.max_tokens, self.config.max_new_tokens))
