@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 WHOLE_RUNS = {
     "test_docs_clusters", "test_lost_ranks", "test_plan", "test_preflight", "test_resume_ranks", "test_slurm",
     "test_strategies", "test_watchdog",

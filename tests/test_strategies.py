@@ -70,7 +70,11 @@ REST = (
     Setting("trained encoder, LoRA, recomputed", FULL, LORA, "full"),
     Setting("bf16, frozen encoder, LoRA", "frozen", LORA, "full", "bf16", 5e-3),
     Setting(
-        "trained encoder, full, Q-Former", FULL, FULL, "none", more=("model.connector={type: qformer, num_queries: 4, width: 32, layers: 2, heads: 4}",)
+        "trained encoder, full, Q-Former",
+        FULL,
+        FULL,
+        "none",
+        more=("model.connector={type: qformer, num_queries: 4, width: 32, layers: 2, heads: 4}",),
     ),
 )
 """The other half of the table: ``python -m tests.test_strategies`` runs all of it."""
