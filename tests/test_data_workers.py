@@ -10,11 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_run import tiny_run
 from vlit.data import load
+from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError
+from vlit.models.assemble import model_spec
 from vlit.train import stage as stage_module
+from vlit.train.identity import open_mixture
 from vlit.train.run import run_training
 
 WORDS = ("stages.instruct=null", "stages.align.checkpoint.every_steps=1", "data.num_workers=1")
@@ -86,3 +90,31 @@ def test_a_worker_killed_while_the_step_is_computed_is_an_error_of_the_data_not_
     with pytest.raises(DataError, match=r"data worker 0 \(pid \d+\) .*in step \d+, was killed \(SIGKILL\)"):
         run_training(run)
     assert (tmp_path / "out" / "align" / "state" / "step-2").is_dir()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_step_crosses_from_its_worker_in_one_piece_and_unchanged(
+    num_workers: int, tiny_dir: Path, tmp_path: Path
+) -> None:
+    run = tiny_run(tiny_dir, tmp_path)
+    loaders = [
+        load.StepLoader(
+            open_mixture(run, "align", progress=False), SampleTokenizer(model_spec(run.model), run.data), run.data,
+            global_batch=6, micro_batch_tokens=150, total_steps=4, num_workers=workers,
+        )
+        for workers in (0, num_workers)
+    ]  # fmt: skip
+    compared = 0
+    for here, there in zip(*loaders, strict=True):
+        pieces = set()
+        for left, right in zip(here.micro_batches, there.micro_batches, strict=True):
+            assert left.sample_ids == right.sample_ids
+            assert left.segments == right.segments
+            for name, tensor in right.tensors().items():
+                assert tensor.dtype == left.tensors()[name].dtype
+                assert torch.equal(tensor, left.tensors()[name]), name
+                pieces.add(tensor.untyped_storage().data_ptr())
+                compared += 1
+        assert len(here.micro_batches) > 1
+        assert len(pieces) == 1
+    assert compared > 4 * 7

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from vlit.config.schema import DataConfig
 from vlit.data.collate import collate
 from vlit.data.images import load_view
-from vlit.data.load_workers import Whereabouts, cause_of, init_worker
+from vlit.data.load_workers import Fetched, Whereabouts, cause_of, init_worker
 from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
 from vlit.data.share import Tree, share_prefixes, single
-from vlit.data.source import QuarantineEntry, RecordSource, check_budget, write_quarantine
+from vlit.data.source import RecordSource, check_budget, write_quarantine
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError, VlitError
 from vlit.types import StepBatch, TokenizedSample
@@ -38,22 +38,6 @@ def resolve_num_workers(setting: int | str) -> int:
         return int(setting)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores < 4 else min(8, cores // 2)
-
-
-@dataclass(slots=True)
-class _Fetched:
-    """A step on its way out of a worker. ``error`` replaces an exception, whose traceback would bury the message."""
-
-    step: int
-    batch: StepBatch | None
-    bad: list[tuple[int, int, QuarantineEntry]]  # source, record number in it
-    error: str | None = None
-
-    def pin_memory(self, device: object = None) -> _Fetched:
-        """Called by torch's loader when a GPU is there."""
-        if self.batch is not None:
-            self.batch.micro_batches = [m.map(torch.Tensor.pin_memory) for m in self.batch.micro_batches]
-        return self
 
 
 class StepLoader:
@@ -106,7 +90,7 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[StepBatch]:
         self._steps.at = Whereabouts(self.num_workers) if self.num_workers else None
-        loader: DataLoader[_Fetched] = DataLoader(
+        loader: DataLoader[Fetched] = DataLoader(
             self._steps,
             batch_size=None,
             sampler=range(self.start_step, self.total_steps),
@@ -148,7 +132,7 @@ class StepLoader:
         where = f"at {self._mixture.sources[number].place(record)}, " if number >= 0 else ""
         return f"{where}in step {step + 1},"
 
-    def _checked(self, fetched: _Fetched) -> StepBatch:
+    def _checked(self, fetched: Fetched) -> StepBatch:
         if fetched.error is not None or fetched.batch is None:
             raise DataError(fetched.error or "the loader returned no batch")
         new = []
@@ -168,7 +152,7 @@ class StepLoader:
         return fetched.batch
 
 
-class _Steps(Dataset[_Fetched]):
+class _Steps(Dataset[Fetched]):
     """Step number -> step. All state is in its arguments, none is kept per record."""
 
     def __init__(
@@ -184,11 +168,11 @@ class _Steps(Dataset[_Fetched]):
         self.world_size = world_size
         self.at: Whereabouts | None = None
 
-    def __getitem__(self, step: int) -> _Fetched:
+    def __getitem__(self, step: int) -> Fetched:
         try:
             return self._make(step)
         except VlitError as error:
-            return _Fetched(step, None, [], error=str(error))
+            return Fetched(step, None, [], error=str(error))
         finally:
             self._note(step)
 
@@ -196,10 +180,10 @@ class _Steps(Dataset[_Fetched]):
         if self.at is not None:
             self.at.note(step, source, record)
 
-    def _make(self, step: int) -> _Fetched:
+    def _make(self, step: int) -> Fetched:
         records = self.mixture.step_records(step, self.global_batch)
         result = StepBatch(step=step, micro_batches=[])
-        fetched = _Fetched(step, result, [])
+        fetched = Fetched(step, result, [])
         samples: dict[int, TokenizedSample] = {}
         for place, (number, record) in enumerate(records):
             source = self.mixture.sources[number]
@@ -246,7 +230,7 @@ class _Steps(Dataset[_Fetched]):
         records: list[tuple[int, int]],
         samples: dict[int, TokenizedSample],
         pixels: list[np.ndarray],
-        fetched: _Fetched,
+        fetched: Fetched,
     ) -> Tree:
         """Append the tree's views to ``pixels`` in reading order; returns the tree without members whose image is bad."""
 
@@ -272,7 +256,7 @@ class _Steps(Dataset[_Fetched]):
         pixels += shared + own if tree.members else []
         return tree
 
-    def _bad(self, fetched: _Fetched, number: int, record: int, reason: str, *, report: bool) -> None:
+    def _bad(self, fetched: Fetched, number: int, record: int, reason: str, *, report: bool) -> None:
         source = self.mixture.sources[number]
         place = source.place(record)
         if self.data.on_bad_sample == "error":
