@@ -14,6 +14,7 @@ by 999, so 1.0 is 999 here; CogVLM's divides by 1000, so its largest edge is 0.9
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,14 +132,14 @@ class BoxForm:
             )
         return x0, y0, x1, y1
 
-    @property
+    @functools.cached_property
     def _one(self) -> re.Pattern[str]:
         edge = r"(\d{1,4})" if self.decimals is None else r"(\d\.\d{1,4})"
         marks = [re.escape(mark.strip()) for mark in self.between]
         inner = edge + "".join(rf"\s*{mark}\s*{edge}" if mark else rf"\s*{edge}" for mark in marks)
         return re.compile(rf"{re.escape(self.opening)}\s*{inner}\s*{re.escape(self.closing)}")
 
-    @property
+    @functools.cached_property
     def _group(self) -> re.Pattern[str]:
         one = self._one.pattern.replace("(\\d", "(?:\\d")
         before, after = (re.escape(mark) for mark in self.outer)

@@ -62,16 +62,23 @@ def member_file(container: Path, name: str, *, cache_dir: str | None = None) -> 
         raise DataError(f"{container}: cannot be read ({error.strerror}). Check images: of its data source.") from error
     if not stat.S_ISREG(found.st_mode):
         raise DataError(f"{container}: no regular file, so it holds no image {name!r}.")
-    identity = f"{os.path.realpath(container)}\0{found.st_size}\0{found.st_mtime_ns}"
-    folder = writable_cache(cache_dir, "images") / hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
+    state = (found.st_size, found.st_mtime_ns)
+    folder = _folder(os.path.abspath(container), state, cache_dir, os.environ.get("VLIT_CACHE"))
     target = _target(folder, name)
     if not target.is_file():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            _copy(container, identity, name, folder)
+            _copy(container, name, folder)
         except (OSError, tarfile.TarError) as error:
             raise DataError(f"{container}: member {name!r} cannot be read ({error}). Replace the file.") from error
     return target
+
+
+@functools.lru_cache(maxsize=4096)
+def _folder(container: str, state: tuple[int, int], cache_dir: str | None, environment: str | None) -> Path:
+    """Where the copies of a container's members lie; another place as soon as the container (or ``$VLIT_CACHE``) changes."""
+    identity = "\0".join([os.path.realpath(container), *map(str, state)])
+    return writable_cache(cache_dir, "images") / hashlib.blake2b(os.fsencode(identity), digest_size=12).hexdigest()
 
 
 def _target(folder: Path, name: str) -> Path:
@@ -80,12 +87,12 @@ def _target(folder: Path, name: str) -> Path:
     return folder / digest[:2] / (digest[2:] + (suffix if suffix in _SUFFIXES else ".bin"))
 
 
-def _copy(container: Path, identity: str, name: str, folder: Path) -> None:
+def _copy(container: Path, name: str, folder: Path) -> None:
     kind = container.suffix.lower()
     if kind in (".parquet", ".arrow"):
-        _copy_cells(container, identity, name, folder)
+        _copy_cells(container, name, folder)
         return
-    place = _places(container, identity, folder).get(name)
+    place = _places(container, folder).get(name)
     if place is None:
         raise MissingMember(f"{container}: holds no image {name!r}. Check the record, or replace the file.")
     begin, size = place
@@ -119,7 +126,7 @@ def _write(target: Path, content: bytes) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _places(container: Path, identity: str, folder: Path) -> dict[str, list[int]]:
+def _places(container: Path, folder: Path) -> dict[str, list[int]]:
     """Name -> [first byte, bytes] of every member. Found once by going through the container, then kept in the cache."""
     held = folder / "places.json"
     with lock(folder / "places.lock"):
@@ -140,7 +147,7 @@ def _json_places(container: Path) -> dict[str, list[int]]:
     return {key: [begin, len(value)] for key, begin, value in iter_json_members(container)}
 
 
-def _copy_cells(container: Path, identity: str, name: str, folder: Path) -> None:
+def _copy_cells(container: Path, name: str, folder: Path) -> None:
     """The wanted cell and its neighbours: a row group is decoded as a whole, so all of its images are copied at once."""
     column, row, _ = _cell(name, container)
     try:

@@ -35,6 +35,7 @@ from vlit.types import Turn
 
 META_KEYS = ("domain", "instruction_type", "options", "regions", "provenance")
 """Optional fields that training does not read; ``Row.meta`` holds them as JSON has them."""
+_META = frozenset(META_KEYS)
 KEYS = ("id", "image", "images", "conversations", "kind", *META_KEYS)
 Box = tuple[float, float, float, float]
 
@@ -153,6 +154,8 @@ def meta_of(value: dict[str, Any], num_images: int) -> dict[str, Any] | None:
     Raises:
         BadRecord: names the field.
     """
+    if _META.isdisjoint(value):  # nearly all records of published files
+        return None
     for key in ("domain", "instruction_type"):
         text_field(value, key)
     _options(value)
