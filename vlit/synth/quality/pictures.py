@@ -1,0 +1,126 @@
+"""Pictures that look the same: 256-bit difference hashes and a colour thumbnail (ours, after dHash).
+
+Bit (x, y) says that the grey level rises by more than 4 from x to x + 1 in a 17 x 16 picture; the dead zone keeps flat
+areas from voting by noise. Two pictures look the same when at most 24 bits differ and the 8 x 8 colour thumbnails differ by
+at most 12 levels on average. Evaluation pictures are compared with every picture. Within a dataset only pictures that share
+one of 16 bands of the hash are: up to 15 bits apart that is certain (pigeonhole), beyond it likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlit.data.images import open_rgb, resolve_image
+from vlit.errors import DataError
+from vlit.synth.quality.sketches import candidate_pairs
+
+MAX_BITS, MAX_LEVELS, DEAD_ZONE = 24, 12.0, 4
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+_ALL_PAIRS = 200_000_000
+
+
+class Looks(NamedTuple):
+    """Hashes and thumbnails of N pictures; ``known`` is False where one could not be decoded."""
+
+    bits: np.ndarray  # uint64 [N, 4]
+    colours: np.ndarray  # uint8 [N, 192]
+    known: np.ndarray  # bool [N]
+
+
+def look(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Hash and thumbnail of one picture file.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    image = open_rgb(path, background=(122, 116, 104), at_least=64)
+    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
+    rises = (grey[:, 1:] - grey[:, :-1] > DEAD_ZONE).reshape(-1)
+    colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.uint8).reshape(-1)
+    return np.packbits(rises).view(np.uint64), colours
+
+
+def look_at(task: tuple[list[str], Path]) -> Looks:
+    """Look at a list of references below an image folder."""
+    names, root = task
+    bits, colours = np.zeros((len(names), 4), np.uint64), np.zeros((len(names), 192), np.uint8)
+    known = np.zeros(len(names), bool)
+    for place, name in enumerate(names):
+        try:
+            bits[place], colours[place] = look(resolve_image(name, root))
+            known[place] = True
+        except DataError:
+            continue
+    return Looks(bits, colours, known)
+
+
+def join(parts: Iterable[Looks]) -> Looks:
+    """Looks one after another."""
+    held = list(parts)
+    if not held:
+        return Looks(np.zeros((0, 4), np.uint64), np.zeros((0, 192), np.uint8), np.zeros(0, bool))
+    return Looks(*(np.concatenate(columns) for columns in zip(*held, strict=True)))
+
+
+def pictures_below(folder: Path) -> list[str]:
+    """Relative paths of the picture files of a folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Give the folder of the evaluation pictures.")
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def same_within(looks: Looks) -> np.ndarray:
+    """int64 [pairs, 2] of pictures of one set that look the same, the earlier first."""
+    rows = np.flatnonzero(looks.known)
+    if len(rows) < 2:
+        return np.zeros((0, 2), np.int64)
+    bands = looks.bits[rows].view(np.uint16).astype(np.uint64)
+    found: list[np.ndarray] = []
+    for band in range(bands.shape[1]):
+        for part in candidate_pairs(bands[:, band]):
+            pairs = rows[part]
+            found.append(pairs[_alike(looks, pairs[:, 0], looks, pairs[:, 1])])
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def same_across(looks: Looks, others: Looks) -> np.ndarray:
+    """int64 [N]: for each picture one of the ``others`` that looks the same; -1 without. Every pair is compared."""
+    found = np.full(len(looks.bits), -1, np.int64)
+    theirs = np.flatnonzero(others.known)
+    if not len(theirs):
+        return found
+    step = max(1, min(_ALL_PAIRS // (64 * len(theirs)), 4096))
+    for low in range(0, len(looks.bits), step):
+        part = looks.bits[low : low + step]
+        apart = np.zeros((len(part), len(theirs)), np.uint16)
+        for word in range(4):
+            apart += np.bitwise_count(part[:, word, None] ^ others.bits[theirs, word])
+        a, b = np.nonzero(apart <= MAX_BITS)
+        a, b = a + low, theirs[b]
+        keep = _alike(looks, a, others, b)
+        found[a[keep][::-1]] = b[keep][::-1]
+    return found
+
+
+def _alike(left: Looks, a: np.ndarray, right: Looks, b: np.ndarray) -> np.ndarray:
+    """Which pairs look the same; pictures that could not be decoded look like nothing."""
+    if not len(a):
+        return np.zeros(0, bool)
+    apart = np.bitwise_count(left.bits[a] ^ right.bits[b]).sum(axis=1)
+    levels = np.concatenate(
+        [
+            np.abs(left.colours[rows].astype(np.int16) - right.colours[others].astype(np.int16)).mean(axis=1)
+            for rows, others in _slices(a, b)
+        ]
+    )
+    return (apart <= MAX_BITS) & (levels <= MAX_LEVELS) & left.known[a] & right.known[b]
+
+
+def _slices(a: np.ndarray, b: np.ndarray, size: int = 100_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for low in range(0, len(a), size):
+        yield a[low : low + size], b[low : low + size]

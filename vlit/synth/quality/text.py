@@ -1,0 +1,246 @@
+"""Metrics of one chunk of records, read once: columns a record, hashes to compare records by, tallies of the dataset.
+
+All metrics here are ours unless said otherwise. ``complexity`` is the mean of five counts, each squashed by x / (x + h):
+turns (h = 4), words of the answers (60), distinct nouns or labels (5), spatial and comparing relations (3), reasoning words
+(2).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import orjson
+
+from vlit.data.record import Record, from_json
+from vlit.errors import DataError
+from vlit.synth.quality.annotations import Annotations, region_names
+from vlit.synth.quality.correctness import CHECKS, agreement_of, leaks, yes_or_no
+from vlit.synth.quality.sketches import Distinct, band_keys, hash_text, ngram_hashes
+from vlit.synth.quality.words import COLOURS, POSITIONS, REASONING, RELATIONS, STOP, content, number_of, root_of, tokens
+
+HALF = {"turns": 4.0, "answer_words": 60.0, "objects": 5.0, "relations": 3.0, "reasoning": 2.0}
+COUNTS = ("turns", "question_words", "answer_words", "objects", "relations", "reasoning", "leaks", "claims")
+FIELDS = ("id", "kind", "domain", "instruction_type", "image", "licence", "source")
+CONTAMINATION_WORDS = 13
+"""Length of the word sequences that must not be shared with an evaluation set (GPT-3, arXiv:2005.14165 App. C)."""
+_MAX_WORDS = 1 << 16
+
+
+@dataclass
+class Chunk:
+    """What is known about consecutive records once their text is gone."""
+
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    exact: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """Hash of the normalised text and images of each record."""
+    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
+    sets: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """Hashed content words of each record, one record after another; ``lengths`` of them each."""
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    templates: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    answers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    roots: Counter[tuple[str, str]] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    claims: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
+    ngrams: list[int] = field(default_factory=lambda: [0, 0, 0])
+    distinct: list[np.ndarray] = field(default_factory=list)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    """Place in the chunk and reason of records that cannot be read."""
+
+
+@dataclass
+class Context:
+    """What every worker needs beside the records."""
+
+    annotations: Annotations | None = None
+    eval_ngrams: np.ndarray | None = None
+    """Sorted hashes of the evaluation sets' word sequences."""
+    same_image: dict[str, str] = field(default_factory=dict)
+    """Picture -> the first picture that looks the same, where they differ."""
+
+
+class Said:
+    """Hashed words of all turns of a chunk, one after another, with the turn of each word and the record of each turn."""
+
+    def __init__(self) -> None:
+        self.words, self.turns, self.owners = array("Q"), array("q"), array("q")
+        self.owner = 0
+
+    def add(self, words: Sequence[str]) -> None:
+        """Take in one turn."""
+        kept = words[:_MAX_WORDS]
+        self.words.extend([_hash(word) for word in kept])
+        self.turns.extend([len(self.owners)] * len(kept))
+        self.owners.append(self.owner)
+
+
+def word_hashes(words: Sequence[str]) -> np.ndarray:
+    """uint64 hash of each word."""
+    return np.array([_hash(word) for word in words[:_MAX_WORDS]], np.uint64)
+
+
+_KNOWN: dict[str, int] = {}
+
+
+def _hash(word: str) -> int:
+    value = _KNOWN.get(word)
+    if value is None:
+        if len(_KNOWN) > 1 << 18:
+            _KNOWN.clear()
+        value = _KNOWN[word] = hash_text(word)
+    return value
+
+
+def template_of(question: list[str], labels: frozenset[str]) -> str:
+    """A question with its values left open: "Is the * digit a *?" is one template whatever colour and digit."""
+    return " ".join(
+        "*" if word in COLOURS or word in POSITIONS or number_of(word) is not None or word in labels else word
+        for word in question
+    )
+
+
+def measure_chunk(raws: list[bytes], context: Context) -> Chunk:
+    """Measure raw records; a record that cannot be read is listed and has NaN in every column."""
+    chunk = Chunk()
+    rows: list[dict[str, float]] = []
+    fields: dict[str, list[str]] = {name: [] for name in FIELDS}
+    exact = array("Q")
+    sets: list[np.ndarray] = []
+    templates, answers = array("Q"), array("Q")
+    said = Said()
+    labels = frozenset(context.annotations.things and _label_words(context.annotations) if context.annotations else ())
+    for place, raw in enumerate(raws):
+        try:
+            record = from_json(orjson.loads(raw))
+        except (DataError, orjson.JSONDecodeError) as error:
+            chunk.bad.append((place, str(error)))
+            rows.append({})
+            exact.append(hash_text(f"bad {place}"))
+            sets.append(np.array([hash_text(raw.decode(errors="replace"))], np.uint64))
+            for name in FIELDS:
+                fields[name].append("")
+            continue
+        said.owner = place
+        row, words = _texts(record, chunk, said, templates, answers, labels)
+        rows.append(row | _agreement(record, chunk, context))
+        for name, value in _fields(record, context).items():
+            fields[name].append(value)
+        shown = [context.same_image.get(image, image) for image in record.images]
+        exact.append(hash_text("\n".join([*shown, *words])))
+        bag = sorted(set(content([word for turn in words for word in turn.split()]))) or ["(nothing)"]
+        sets.append(word_hashes(bag) ^ np.uint64(hash_text("|".join(shown))))
+    _ngrams(said, chunk, rows, context.eval_ngrams)
+    names = dict.fromkeys(name for row in rows for name in row)
+    chunk.numbers = {name: np.array([row.get(name, np.nan) for row in rows], np.float32) for name in names}
+    chunk.fields, chunk.exact = fields, np.frombuffer(exact, np.uint64)
+    chunk.templates, chunk.answers = np.frombuffer(templates, np.uint64), np.frombuffer(answers, np.uint64)
+    chunk.lengths = np.array([len(bag) for bag in sets], np.int64)
+    chunk.sets = np.concatenate(sets) if sets else chunk.sets
+    if sets:
+        chunk.keys = band_keys(chunk.sets, np.r_[0, np.cumsum(chunk.lengths)])
+    return chunk
+
+
+def _label_words(known: Annotations) -> list[str]:
+    return [name[0] for name, (kind, _) in known.names.items() if kind == "label" and len(name) == 1]
+
+
+def _texts(
+    record: Record, chunk: Chunk, said: Said, templates: array, answers: array, labels: frozenset[str]
+) -> tuple[dict[str, float], list[str]]:
+    """Numbers from the text of one record, and its normalised turns."""
+    row = dict.fromkeys(COUNTS, 0.0)
+    normal: list[str] = []
+    nouns: set[str] = set()
+    question, asked = "", [""]
+    for turn in record.turns:
+        words = tokens(turn.text.replace("<image>", " "))
+        normal.append(" ".join(words))
+        said.add(words)
+        if turn.role == "user":
+            question, asked = turn.text, words
+            row["question_words"] += len(words)
+            chunk.roots[root_of(question)] += 1
+        elif turn.role == "assistant":
+            row["turns"] += 1
+            row["answer_words"] += len(words)
+            row["relations"] += sum(word in RELATIONS for word in words)
+            row["reasoning"] += sum(word in REASONING for word in words)
+            row["leaks"] += leaks(question, turn.text)
+            nouns.update(content([word for word in words if word not in RELATIONS and word not in REASONING]))
+            templates.append(hash_text(template_of(asked, labels)))
+            answers.append(hash_text(normal[-1]))
+            verdict = yes_or_no(turn.text)
+            if verdict:
+                chunk.verdicts[verdict] += 1
+    row["objects"] = len(nouns - STOP)
+    row["complexity"] = sum(row[name] / (row[name] + half) for name, half in HALF.items()) / len(HALF)
+    row["cost_usd"] = _number(record.provenance.get("cost_usd", record.provenance.get("cost")))
+    return row, normal
+
+
+def _ngrams(said: Said, chunk: Chunk, rows: list[dict[str, float]], known: np.ndarray | None) -> None:
+    """Count distinct 1- to 3-grams, and word sequences of each record that the evaluation sets hold too."""
+    hashes, turns = np.frombuffer(said.words, np.uint64), np.frombuffer(said.turns, np.int64)
+    for size in (1, 2, 3):
+        counter = Distinct()
+        grams, _ = _within_turns(hashes, turns, size)
+        counter.add(grams)
+        chunk.ngrams[size - 1] += len(grams)
+        chunk.distinct.append(counter.registers)
+    if known is None:
+        return
+    grams, turn = _within_turns(hashes, turns, CONTAMINATION_WORDS)
+    shared = np.zeros(len(rows))
+    if len(grams) and len(known):
+        place = np.searchsorted(known, grams).clip(max=len(known) - 1)
+        owners = np.frombuffer(said.owners, np.int64)[turn[known[place] == grams]]
+        shared += np.bincount(owners, minlength=len(rows))
+    for row, count in zip(rows, shared.tolist(), strict=True):
+        if row:
+            row["eval_text"] = count
+
+
+def _within_turns(hashes: np.ndarray, turns: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the runs of ``size`` words that lie in one turn, and the turns they lie in."""
+    grams = ngram_hashes(hashes, size)
+    inside = turns[: len(grams)] == turns[size - 1 :][: len(grams)]
+    return grams[inside], turns[: len(grams)][inside]
+
+
+def _agreement(record: Record, chunk: Chunk, context: Context) -> dict[str, float]:
+    known = context.annotations
+    if known is None:
+        return {}
+    if known.from_regions:
+        known = replace(known, names={}, longest=1)
+        for name in region_names(record):
+            known.add_name("label", name)
+    found = agreement_of(record, known)
+    chunk.claims += found.claims
+    chunk.wrong += found.wrong
+    wrong = {f"wrong_{check}": float(found.wrong[check]) for check in CHECKS}
+    return {"correctness": found.share, "claims": float(sum(found.claims.values())), **wrong}
+
+
+def _fields(record: Record, context: Context) -> dict[str, str]:
+    image = record.images[0] if record.images else ""
+    of_image = context.annotations.licences.get(image, "") if context.annotations else ""
+    known: dict[str, Any] = record.provenance
+    return {
+        "id": record.id, "kind": record.kind or "", "domain": record.domain or "", "image": image,
+        "instruction_type": record.instruction_type or "",
+        "licence": str(known.get("license") or known.get("licence") or of_image),
+        "source": str(known.get("source") or known.get("teacher") or ""),
+    }  # fmt: skip
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
