@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,25 @@ from vlit import durable
 from vlit.errors import CheckpointError
 from vlit.train.checkpoint import Position
 from vlit.train.run import run_training
-from vlit.train.saving import WRITING
+from vlit.train.saving import WRITING, StateSaver
+from vlit.train.signals import Interrupted
+from vlit.train.validate import Validator
 
 
 @pytest.fixture(scope="module")
 def ready(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ReadyStage:
     return ready_stage(tiny_dir, tmp_path_factory.mktemp("ready"))
+
+
+WORDS = ("stages.align=null", "stages.instruct.checkpoint.every_steps=1")
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folder of a run with room enough."""
+    out = tmp_path_factory.mktemp("straight")
+    run_training(tiny_run(tiny_dir, out, *WORDS))
+    return out
 
 
 @pytest.fixture
@@ -95,6 +109,38 @@ def test_a_save_still_being_written_at_the_end_of_a_stage_is_finished(
     assert [path.name for path in (tmp_path / "out" / "align" / "state").iterdir()] == ["step-2"]
 
 
+@pytest.mark.parametrize("moment", ["save", "validation"])
+def test_a_signal_during_a_save_or_a_validation_saves_the_step_and_the_run_goes_on_from_it(
+    moment: str, straight: Path, tiny_dir: Path, tmp_path: Path, slow_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WORDS]
+    if moment == "validation":
+        data = f"[{{path: {tiny_dir / 'dataset' / 'data.json'}, name: held}}]"
+        words += [f"stages.instruct.validation={{data: {data}, every_steps: 2, max_records: 4, sample_generations: 0}}"]
+    run = tiny_run(tiny_dir, tmp_path / "out", *words)
+    owner, name = (StateSaver, "begin") if moment == "save" else (Validator, "run")
+    real, calls = getattr(owner, name), []
+
+    def signalled(self: object, *words: object) -> object:
+        result = real(self, *words)
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)  # during a save: its thread is still writing
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(Interrupted) as stopped:
+            run_training(run)
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    expected = 3 if moment == "save" else 4
+    assert [row["step"] for row in metrics_of(run)] == list(range(1, expected + 1))
+    state = tmp_path / "out" / "instruct" / "state"
+    assert sorted(path.name for path in state.iterdir()) == [f"step-{expected - 1}", f"step-{expected}"]
+    run_training(run)
+    assert_same_bits(straight / "instruct" / "model", tmp_path / "out" / "instruct" / "model")
+
+
 class Disk:
     """A folder on a disk that can be filled and freed."""
 
@@ -130,17 +176,6 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
         lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)),
     )
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-WORDS = ("stages.align=null", "stages.instruct.checkpoint.every_steps=1")
-
-
-@pytest.fixture(scope="module")
-def straight(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model folder of a run with room enough."""
-    out = tmp_path_factory.mktemp("straight")
-    run_training(tiny_run(tiny_dir, out, *WORDS))
-    return out
 
 
 def test_a_full_disk_costs_no_checkpoint_and_ends_the_run_after_three_failures_and_with_room_it_goes_on(
