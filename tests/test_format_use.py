@@ -254,6 +254,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_nothing_runs(tmp_path:
 # --- vlit doctor ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_doctor_looks_into_containers_and_at_formats_that_are_no_json(tiny_dir: Path, tmp_path: Path) -> None:
     sound, cut = picture((9, 9, 9)), picture((8, 8, 8))[:-30]
     members = [("0.png", sound), ("0.txt", b"sound"), ("1.png", cut), ("1.txt", b"cut"), ("2.png", sound)]
