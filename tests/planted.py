@@ -105,8 +105,7 @@ def plant(world: WorldPaths, out: Path, *, each: int = 40, seed: int = 0) -> Pla
                 "eval_image",
                 ask("", name, "How many digits?", f"There {_digits(len(shown['test/' + path.name]))}.", "count"),
             )
-    for number in range(each):
-        image = rng.choice(free)
+    for number, image in enumerate(rng.sample(free, each)):
         add(
             "eval_text",
             ask("", image, EVAL_SENTENCES[number % 3].replace("?", f" in case {number}?"), "That depends.", "x"),

@@ -345,6 +345,18 @@ def _greedy(quality: np.ndarray, names: list[str], count: int) -> list[int]:
     return sorted(set(range(len(quality))) - left)
 
 
+def test_a_selection_has_the_asked_size_no_fault_and_many_pictures(planted: Planted, tmp_path: Path) -> None:
+    card = measure_quality(planted.path, annotations=[planted.annotations], out=tmp_path, select=200, workers=1)
+    kept = list(read_records(tmp_path / "kept.jsonl"))
+    assert len(kept) == card["kept"]["records"] == 200
+    measured = set().union(
+        *(planted.faults[fault] for fault in ("wrong_count", "wrong_colour", "exact", "paraphrase", "leak"))
+    )
+    assert not {record.id for record in kept} & measured
+    assert len({record.images for record in kept}) > 150
+    assert card["kept"]["reasons"] == {"not selected": card["records"] - 200}
+
+
 def test_unreadable_records_are_counted_and_never_kept(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     good = {"id": "a", "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello there."}]}

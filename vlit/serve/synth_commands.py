@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlit.errors import ConfigError
+
 AddCommand = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
 
 
 def add_data_commands(command: AddCommand) -> None:
     """Add the commands that look at a finished dataset."""
     sub = command("quality", _quality, "Measure a dataset: card, filters, selection of a subset.")
-    sub.add_argument("dataset", type=Path, help="canonical JSONL (vlit convert writes it)")
+    sub.add_argument("dataset", type=Path, nargs="?", help="canonical JSONL (vlit convert writes it)")
     sub.add_argument("--images", type=Path, help="folder that image paths are relative to (default: the dataset's)")
     sub.add_argument(
         "--annotations", action="append", default=[], metavar="[FOLDER/=]COCO.json",
@@ -45,6 +47,8 @@ def _quality(args: argparse.Namespace) -> None:
     if args.list_filters:
         print(list_filters())
         return
+    if args.dataset is None:
+        raise ConfigError("vlit synth quality: which dataset? Give a canonical JSONL file.")
     measure_quality(
         args.dataset, images=args.images, annotations=args.annotations, eval_texts=args.eval_texts,
         eval_images=args.eval_images, out=args.out, keep=args.keep, select=args.select, write=args.write,
