@@ -224,7 +224,7 @@ def measure_case(
         found = timing.interleaved(calls, ranks.device, rounds=arguments.steps, deadline=deadline)
         for row, way, timed in zip(rows, wanted, found.values(), strict=True):
             row |= {"note": timed} if isinstance(timed, str) else stage.figures(way, timed.seconds)
-        stage.weights.zero_grad()
+        stage.engine.discard()
     except Exception as error:
         rows = [{**row, "note": timing.reason(error)} for row in rows]
     return rows
