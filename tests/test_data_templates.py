@@ -81,7 +81,8 @@ def normal(text: str, tokenizer: str) -> str:
 
 def test_there_are_eight_templates_and_more_than_four_tokenizers():
     assert {"plain", "v0", "v1", "llama2", "mistral", "chatml", "llama3", "tokenizer"} <= set(TEMPLATES.names())
-    assert set(TEXT_ENDS) | set(LEADS) | {"mistral", "tokenizer"} == set(TEMPLATES.names()), "add the new template here"
+    own = {name for name in TEMPLATES.names() if TEMPLATES.get(name).__module__.startswith("vlit.")}  # no test's plugin
+    assert set(TEXT_ENDS) | set(LEADS) | {"mistral", "tokenizer"} == own, "add the new template here"
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="▁", exclude_categories=("Cc", "Cs")), max_size=12)
