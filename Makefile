@@ -19,7 +19,7 @@ test: $(STAMP)  ## linters and the test suite, but for the tests marked slow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(STAMP)  ## the rest: several ranks, kills, hangs, whole commands in fresh processes
 	$(BIN)/python -m pytest -m slow
