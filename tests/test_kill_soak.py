@@ -13,7 +13,6 @@ from tests.scale.kill_soak import soak
 def test_killed_three_times_on_two_ranks_also_one_of_them_alone_the_end_is_bit_equal(tmp_path: Path) -> None:
     rounds, different = soak("ddp", 3, tmp_path)
     assert [r.killed.split()[0] for r in rounds] == ["all", "rank", "rank", "finished"]
-    assert rounds[1].saving  # the second is aimed at a save
     for number in (2, 3):  # who is left ends in time to say why
         assert "does not run any more (killed or crashed)" in (tmp_path / "ddp" / f"round-{number}.log").read_text()
     assert different == []

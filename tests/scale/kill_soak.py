@@ -95,12 +95,13 @@ class Soak:
                 self._wait(lambda: bool(_writing(out)), process, within_s=5.0)
                 time.sleep(self.random.uniform(0.0, 0.02))
             if process.poll() is None:
+                result.saving = bool(_writing(out))
                 result.killed = self._kill(process, only_one=self.ranks > 1 and number % 4 >= 2)
         finally:
             _kill_family(process)
             log.close()
         result.stage, result.step = _where(out)
-        result.saving = bool(_writing(out))
+        result.saving |= bool(_writing(out))
         state = out / result.stage / "state"
         result.leftover = " ".join(sorted(path.name for path in state.glob("*"))) if state.is_dir() else ""
         result.seconds = time.monotonic() - started

@@ -9,6 +9,7 @@ about to work on, so that its death becomes an error with a step and a record in
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from dataclasses import dataclass, replace
@@ -28,7 +29,13 @@ ORPHAN_SECONDS = 600
 
 def init_worker(worker: int) -> None:
     """Single-threaded, and deaf to what asks the run to stop: torchrun and Slurm signal whole process groups, and a data worker
-    that dies takes the training process with it before the checkpoint is written. A worker ends when its parent does."""
+    that dies takes the training process with it before the checkpoint is written. A worker ends when its parent does.
+
+    What it inherited is taken out of garbage collection, which would write to every object of the training process and so copy
+    its memory into the worker.
+    """
+    gc.freeze()
+    gc.collect()  # resets the count of old objects, which decides when the next one is
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
