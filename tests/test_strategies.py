@@ -92,7 +92,7 @@ def train_all(settings: tuple[Setting, ...], tiny_dir: Path, out: Path) -> dict[
         for number, setting in enumerate(settings)
         for strategy in SHARED
     }
-    done = run_cases(2, list(cases.values()), tiny_dir, out, timeout_s=420)
+    done = run_cases(2, list(cases.values()), tiny_dir, out, timeout_s=900)
     assert done.returncode == 0, done.stdout[-4000:]
     return losses | {key: case.losses() for key, case in cases.items()}
 
