@@ -8,7 +8,7 @@ import pytest
 import torch
 
 WHOLE_RUNS = {
-    "test_docs_clusters", "test_lost_ranks", "test_plan", "test_preflight", "test_resume_ranks", "test_slurm",
+    "test_docs_clusters", "test_lock", "test_lost_ranks", "test_plan", "test_preflight", "test_resume_ranks", "test_slurm",
     "test_strategies", "test_watchdog",
 }  # fmt: skip
 """Test modules that start torchrun, launchers or fresh processes again and again: ``make test-slow``."""
