@@ -35,6 +35,7 @@ from tests.tiny_run import tiny_run
 
 MIB = 2**20
 BLOCKS = 20
+NEGLIGIBLE = 8 * MIB
 STUDENT_T = 2.101
 """97.5 % quantile with BLOCKS - 2 = 18 degrees of freedom."""
 
@@ -50,7 +51,8 @@ class Slope:
 
     @property
     def is_flat(self) -> bool:
-        return self.low <= 0.0 <= self.high
+        """No growth is proven, or less than ``NEGLIGIBLE`` in a million steps."""
+        return self.low <= 0.0 <= self.high or abs(self.bytes_a_step) * 1e6 < NEGLIGIBLE
 
 
 def slope_of(steps: Sequence[float], resident: Sequence[float]) -> Slope:
