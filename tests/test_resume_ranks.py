@@ -16,6 +16,8 @@ from tests.test_strategies import load_model_files
 from tests.tiny_run import tiny_run
 from vlit.train.run import run_training
 
+pytestmark = pytest.mark.slow  # two minutes, nearly all of it in the two starts
+
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 TUNINGS = {
     "full": "{connector: full, llm: full}",
@@ -128,7 +130,6 @@ def runs(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tiny_dir, tmp_path_factory.mktemp("resume"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_stopped_and_resumed_on_two_ranks_equals_straight_bit_for_bit(strategy: str, tuning: str, runs: Runs) -> None:
