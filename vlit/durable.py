@@ -34,11 +34,13 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Give ``path`` this content in one step. Its folder must exist."""
+def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Give ``path`` this content in one step. Its folder must exist; chunks are written as they come."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    if isinstance(content, str):
+        content = content.encode()
     try:
-        write_file(aside, [content.encode() if isinstance(content, str) else content])
+        write_file(aside, [content] if isinstance(content, bytes) else content)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

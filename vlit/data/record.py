@@ -8,7 +8,6 @@ more keys, each only where it is set: ``kind``, ``domain``, ``instruction_type``
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from vlit.data.record_checks import (
     shown,
     text_field,
 )
-from vlit.durable import sync_folder, write_file
+from vlit.durable import replace_file
 from vlit.errors import DataError, did_you_mean
 from vlit.types import Turn
 
@@ -138,13 +137,7 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
             count += 1
             yield orjson.dumps(to_json(record)) + b"\n"
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        write_file(aside, lines())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    replace_file(path, lines())
     return count
 
 

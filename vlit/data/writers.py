@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from vlit.data.record import META_KEYS, Record, check, to_json, write_records
-from vlit.durable import sync_folder, write_file
+from vlit.durable import replace_file, sync_folder
 from vlit.errors import DataError
 
 ROWS_PER_GROUP = 64
@@ -35,13 +35,7 @@ def write_llava(path: Path, records: Iterable[Record]) -> int:
             count += 1
         yield b"\n]\n" if count else b"[]\n"
 
-    aside = _aside(path)
-    try:
-        write_file(aside, chunks())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    replace_file(path, chunks())
     return count
 
 
