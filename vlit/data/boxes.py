@@ -18,7 +18,9 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import AfterValidator
 
 from vlit.data.record import Box, Region
 from vlit.errors import DataError, did_you_mean
@@ -167,6 +169,16 @@ FORMS = {
 def llava_form(decimals: int = 2) -> BoxForm:
     """LLaVA-1.5's form with 2 decimals (its released file) or 3."""
     return BoxForm("llava", 10**decimals, 10**decimals, "[", _SPACED, "]", " ", decimals=decimals)
+
+
+def _known(name: str) -> str:
+    if name not in FORMS:
+        raise ValueError(f'unknown box form "{name}". Known: {", ".join(FORMS)}')
+    return name
+
+
+KnownForm = Annotated[str, AfterValidator(_known)]
+"""Configuration field: the name of a form."""
 
 
 def box_form(name: str) -> BoxForm:

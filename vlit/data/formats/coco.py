@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator
-
-from vlit.data.boxes import FORMS
+from vlit.data.boxes import FORMS, KnownForm
 from vlit.data.formats._reader import (
     DESCRIBE,
     RecordFormat,
@@ -52,17 +50,10 @@ class CocoFormat(RecordFormat):
     type: str = "coco"
     task: Literal["auto", "caption", "detection"] = "auto"
     """What records ask for. `auto`: captions where the annotations have them, else boxes."""
-    boxes: str = "llava"
+    boxes: KnownForm = "llava"
     """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm` or `shikra`."""
     image_name: str = "{file_name}"
     """Where a picture lies, for example `train2017/{file_name}`."""
-
-    @field_validator("boxes")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in FORMS:
-            raise ValueError(f'unknown box form "{value}". Known: {", ".join(FORMS)}')
-        return value
 
     def entries(self, path: Path) -> Iterator[Any]:
         """Captions with their picture, or pictures with their instances."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from vlit.data.boxes import FORMS
+from vlit.data.boxes import FORMS, KnownForm
 from vlit.data.formats._reader import (
     SHORT_ANSWER,
     RecordFormat,
@@ -47,15 +47,8 @@ class _Regions(RecordFormat):
 
     task: Literal["locate", "describe"] = "locate"
     """`locate`: from words to the box; `describe`: from the box to words."""
-    boxes: str = "llava"
+    boxes: KnownForm = "llava"
     """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm` or `shikra`."""
-
-    @field_validator("boxes")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in FORMS:
-            raise ValueError(f'unknown box form "{value}". Known: {", ".join(FORMS)}')
-        return value
 
     def about(self, identity: str, image: str, regions: list[Region]) -> Record:
         """One exchange a region."""
