@@ -57,12 +57,13 @@ def _quality(args: argparse.Namespace) -> None:
 
 
 def _review(args: argparse.Namespace) -> None:
-    from vlit.serve.review.command import export_reviews, review
+    from vlit.serve.review.command import export_reviews, open_server, review
 
     if args.export is not None:
         export_reviews(args.dataset, out=args.export, log=args.log)
         return
-    review(
+    server = open_server(
         args.dataset, images=args.images, scores=args.scores, log=args.log, port=args.port, host=args.host,
         token=args.token,
     )  # fmt: skip
+    review(server)

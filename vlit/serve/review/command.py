@@ -69,18 +69,8 @@ def url_of(server: ReviewServer) -> str:
     return f"http://{f'[{name}]' if ':' in name else name}:{port}/#token={server.token}"
 
 
-def review(
-    dataset: Path,
-    *,
-    images: Path | None = None,
-    scores: Path | None = None,
-    log: Path | None = None,
-    port: int = 0,
-    host: str | None = None,
-    token: str | None = None,
-) -> None:
-    """Serve until interrupted."""
-    server = open_server(dataset, images=images, scores=scores, log=log, port=port, host=host, token=token)
+def review(server: ReviewServer) -> None:
+    """Serve until interrupted, then close the server and its log."""
     print(f"review     {url_of(server)}", flush=True)
     print(f"decisions  {server.log.path}", file=sys.stderr)
     try:
