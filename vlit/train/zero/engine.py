@@ -172,8 +172,3 @@ def _optimizer(entries: list[dict[str, Any]], config: OptimizerConfig, *, offloa
 
         return DeepSpeedCPUAdam(entries, lr=0.0, betas=config.betas, eps=config.eps, adamw_mode=True)
     return adamw(entries, config)
-
-
-def trained_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that a stage trains."""
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
