@@ -64,7 +64,7 @@ class Killer:
             self.safe.discard(os.fstat(handle.fileno()).st_ino)
             return _Written(handle, self)
 
-        io.open = builtins.open = opened  # type: ignore[assignment]
+        io.open = builtins.open = opened
 
     def is_next(self) -> bool:
         self.passed += 1

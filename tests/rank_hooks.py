@@ -100,7 +100,7 @@ def _pixels(engine: Engine, undo: ExitStack) -> None:
 def _skip(engine: Engine, undo: ExitStack) -> None:
     """What a run does that leaves out this step's update."""
     real = engine.step
-    engine.step = lambda *_: engine.discard()  # type: ignore[method-assign]
+    engine.step = lambda *_: engine.discard()
     undo.callback(setattr, engine, "step", real)
 
 

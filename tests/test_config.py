@@ -34,7 +34,7 @@ def test_defaults_components_by_name_and_scientific_numbers(tmp_path: Path) -> N
     run = load_config(write(tmp_path, "a.yaml", BASE))
     assert run.stages["align"].lr == 0.001
     assert run.model.connector.type == "mlp"
-    assert run.model.connector.depth == 2  # type: ignore[attr-defined]
+    assert run.model.connector.depth == 2
     assert run.model.fusion.type == "prefix"
     assert run.data.template.type == "v1"
 

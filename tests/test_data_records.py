@@ -97,9 +97,9 @@ def test_all_accepted_spellings_give_one_canonical_row():
 
 def test_image_first_moves_a_single_placeholder_as_llava_does():
     row = parse({"image": "a.jpg", "conversations": conversation("What?\n<image>", "This.")}, image_first=True)
-    assert row.texts[0] == "<image>\nWhat?"  # type: ignore[union-attr]
+    assert row.texts[0] == "<image>\nWhat?"
     row = parse({"image": ["a", "b"], "conversations": conversation("<image> or <image>?", "This.")}, image_first=True)
-    assert row.texts[0] == "<image> or <image>?"  # type: ignore[union-attr]
+    assert row.texts[0] == "<image> or <image>?"
 
 
 BAD: list[tuple[Any, str]] = [

@@ -498,7 +498,7 @@ def test_the_page_shows_counts_examples_and_fixes(tiny_dir: Path, tmp_path: Path
     assert "A reader's words." in refused.text  # a refused record is shown as it stands in the file
     console = Console(width=140, file=io.StringIO())
     console.print(findings_table(diagnosis))
-    assert "24 of 31 records are bad" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "24 of 31 records are bad" in console.file.getvalue()
 
 
 def test_the_command_finds_exactly_what_was_planted(tmp_path: Path) -> None:
@@ -568,7 +568,7 @@ def test_training_leaves_out_what_the_manifest_lists(tiny_dir: Path, tmp_path: P
     assert source.num_quarantined == 3
     listed = [json.loads(line) for line in (tmp_path / "out/instruct/quarantine.jsonl").read_text().splitlines()]
     assert [(line["record"], line["found"]) for line in listed] == [(1, "doctor"), (4, "doctor"), (6, "doctor")]
-    identities = [stage_identity(run, "instruct", mixture, "", None, None) for mixture in (before, after)]  # type: ignore[arg-type]
+    identities = [stage_identity(run, "instruct", mixture, "", None, None) for mixture in (before, after)]
     assert identities[0]["sources"] != identities[1]["sources"]
     again = open_mixture(run, "instruct", progress=False)
     assert again.sources[0].content_hash == source.content_hash

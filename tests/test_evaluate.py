@@ -166,7 +166,7 @@ def test_a_failed_answer_is_an_error_and_never_a_score(
     colour_benchmark: QaBenchmark, tmp_path: Path, answer: object, message: str
 ):
     with pytest.raises(EvaluationError, match=message):
-        evaluate(lambda qs: [answer] * len(qs), colour_benchmark, tmp_path / "out")  # type: ignore[misc]
+        evaluate(lambda qs: [answer] * len(qs), colour_benchmark, tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
 
 

@@ -157,7 +157,7 @@ def test_batches_hold_questions_of_like_length_and_do_not_depend_on_what_is_done
     in_order = [length for batch in lengths for length in batch]
     assert in_order == sorted(in_order, reverse=True)
     done = {("image", q.id): None for q in batches[1][1]}
-    assert open_batches(asked, done, 4) == [batches[0], batches[2]]  # type: ignore[arg-type]
+    assert open_batches(asked, done, 4) == [batches[0], batches[2]]
 
 
 # --- with torchrun ----------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def street(*turns: str) -> tuple[Record, Annotations]:
         for name in names:
             known.add_name(kind, name)
     roles = ("user", "assistant")
-    said = tuple(Turn(roles[n % 2], text) for n, text in enumerate(turns))  # type: ignore[arg-type]
+    said = tuple(Turn(roles[n % 2], text) for n, text in enumerate(turns))
     return Record("r", said, ("a.jpg",)), known
 
 

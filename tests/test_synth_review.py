@@ -79,7 +79,7 @@ def call(server: ReviewServer, path: str, body: Any = None, **headers: str | Non
     """Status and JSON of one request with all the right headers, unless others are given (None: left out)."""
     port = server.server_address[1]
     sent = {"Host": f"127.0.0.1:{port}", "X-Review-Token": server.token, "Content-Type": "application/json"}
-    sent |= {name.replace("_", "-"): value for name, value in headers.items()}  # type: ignore[misc]
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.putrequest("GET" if data is None else "POST", path, skip_host=True)

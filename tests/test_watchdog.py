@@ -27,7 +27,7 @@ ALONE = Ranks(state=None, device=torch.device("cpu"), rank=0, world_size=1)
 def peer(rank: int, phase: str = "reduce", step: int = 7, **more: object) -> Peer:
     collective = phase == "reduce"
     base = Peer(rank, f"host{rank}", 100 + rank, phase, step, collective, seconds=9.0, left=-1.0, beat=5)
-    return replace(base, **more)  # type: ignore[arg-type]
+    return replace(base, **more)
 
 
 def blamed(*peers: Peer) -> list[int]:
@@ -86,7 +86,7 @@ def test_data_workers_forked_under_the_watchdog_work_and_end() -> None:
     with Watchdog(ALONE, 3.0) as dog:
         for epoch in range(2):
             dog.phase("data", epoch)
-            loader: DataLoader[int] = DataLoader(range(40), num_workers=2, multiprocessing_context="fork")  # type: ignore[arg-type]
+            loader: DataLoader[int] = DataLoader(range(40), num_workers=2, multiprocessing_context="fork")
             assert sum(int(x) for x in loader) == sum(range(40))
 
 

@@ -134,7 +134,7 @@ def build_encoder(kind: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = _encoder_model(kind)
     _randomise(model)
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
     if kind.startswith("clip"):
         _image_processor(folder, "CLIPImageProcessor", CLIP_MEAN, CLIP_STD, crop=True)
     elif kind.startswith("siglip"):
@@ -228,7 +228,7 @@ def build_llm(kind: str, folder: Path, *, vocab_size: int = VOCAB_SIZE) -> Path:
     torch.manual_seed(1)
     model = _llm_model(kind, vocab_size)
     _randomise(model, seed=1)
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
     # Qwen2's tokenizer class adds its own pad token outside this vocabulary unless one is declared: pad == eos here.
     build_tokenizer(folder, vocab_size=vocab_size, pad_token="</s>" if kind == "qwen2" else None)
     return folder

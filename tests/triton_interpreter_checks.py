@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.library import opcheck
 
 from vlit.kernels.attention.segments import NO_PARENT, Segments, make_segments
 from vlit.kernels.attention.triton_tables import Tile, Tiles, choose_tiles
@@ -252,7 +251,7 @@ def bf16_is_refused_with_the_reason(kernels) -> str:
 def torch_accepts_the_operator(kernels) -> dict[str, str]:
     q, k, v, _ = random_inputs(make_segments([9, 8]), 2, 1, 16, torch.float32)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    return opcheck(kernels.forward_op, (*leaves, [9, 8], [NO_PARENT, 0], 0.25))
+    return torch.library.opcheck(kernels.forward_op, (*leaves, [9, 8], [NO_PARENT, 0], 0.25))
 
 
 def compiled_equals_eager_in_one_graph(kernels) -> bool:

@@ -110,7 +110,7 @@ def bad_dataset(tmp_path: Path) -> Path:
     """Every kind of bad record, each after a good one: records 1, 3, 5, ... are bad."""
     records: list[Any] = []
     for name, fields, _ in BAD:
-        records += [GOOD, {"id": name, **fields}]  # type: ignore[dict-item]
+        records += [GOOD, {"id": name, **fields}]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(records))
     return path

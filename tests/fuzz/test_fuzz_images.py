@@ -72,7 +72,7 @@ def check_file(content: bytes) -> None:
         for policy, exact in (("pad", False), ("crop", True), ("squash", False)):
             view, message = None, ""
             try:
-                view = load_view(path, policy=policy, spec=SPEC, exact=exact)  # type: ignore[arg-type]
+                view = load_view(path, policy=policy, spec=SPEC, exact=exact)
             except DataError as error:
                 message = str(error)
             if view is None:

@@ -149,7 +149,7 @@ def main() -> int:
         "worker_private_mb": [round(value) for value in steps["memory"]],
         "worker_growth_mb": round(settled[-1] - settled[0], 1),
     }
-    broken = [f"{key} {result[key]} > {limit}" for key, limit in LIMITS.items() if float(result[key]) > limit]  # type: ignore[arg-type]
+    broken = [f"{key} {result[key]} > {limit}" for key, limit in LIMITS.items() if float(result[key]) > limit]
     print(json.dumps(result, indent=2))
     print("; ".join(broken) if broken else "within all limits", file=sys.stderr)
     return 1 if broken else 0
