@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlit.types import ModelSpec
+
 WHOLE_RUNS = {
     "test_docs_clusters", "test_lock", "test_lost_ranks", "test_plan", "test_preflight", "test_resume_ranks", "test_slurm",
     "test_strategies", "test_watchdog",
@@ -27,3 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for the tiny parts of ``tests.tiny``; each is built on first use and shared by the whole run."""
     return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny_dir: Path) -> ModelSpec:
+    """What the data floor knows of the model of :func:`tests.tiny_run.tiny_run`."""
+    from tests.tiny_run import tiny_run
+    from vlit.models.assemble import model_spec
+
+    return model_spec(tiny_run(tiny_dir, tiny_dir / "unused").model)

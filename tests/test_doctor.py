@@ -1,4 +1,4 @@
-"""``vlit doctor`` finds what was planted and nothing else, survives its workers, and training honours what it wrote."""
+"""`vlit doctor` over whole datasets: manifest, page, command, and training that honours it."""
 
 from __future__ import annotations
 
@@ -12,329 +12,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import yaml
-from PIL import Image
 from rich.console import Console
 
 import tests.doctor_templates  # noqa: F401  (registers a template)
 from tests.html_tools import assert_self_contained, parse
 from tests.scale.doctor_665k import World, differences, read_manifest, write_config
+from tests.test_doctor_images import encoded
 from tests.tiny_run import tiny_run
 from vlit.cli import main
-from vlit.config.schema import DataConfig, RunConfig
-from vlit.data.doctor.checks import CHECKS, Finding, severity_of
-from vlit.data.doctor.image_file import look_at
+from vlit.config.schema import RunConfig
+from vlit.data.doctor.checks import CHECKS
 from vlit.data.doctor.manifest import manifest_of, use_of
-from vlit.data.doctor.pool import run_job
-from vlit.data.doctor.records import LengthBound, RecordJob, Rows, read_samples
 from vlit.data.doctor.scan import Diagnosis, examine
-from vlit.data.images import load_view, resolve_image
 from vlit.data.source import open_source
-from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError
 from vlit.models.assemble import model_spec
 from vlit.serve.doctor_page import build_page, findings_table
 from vlit.train.identity import open_mixture, stage_identity
-from vlit.types import Sample, Turn
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIL = '<img src=x onerror="alert(1)">'
-
-
-# --- one image --------------------------------------------------------------------------------------------------------
-
-
-def pixels(width: int = 64, height: int = 48) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    (image or pixels()).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def checks_of(path: Path, **options: Any) -> list[str]:
-    return [finding.check for finding in look_at(path, shown=path.name, **options)]
-
-
-def rotated() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return encoded("JPEG", exif=exif)
-
-
-def animated(kind: str) -> bytes:
-    frames = [pixels().convert("P"), pixels().rotate(180).convert("P")]
-    return encoded(kind, frames[0], save_all=True, append_images=frames[1:])
-
-
-FILES: list[tuple[str, bytes, list[str]]] = [
-    ("sound.jpg", encoded("JPEG"), []),
-    ("sound.JPEG", encoded("JPEG", progressive=True), []),
-    ("sound.png", encoded("PNG"), []),
-    ("sound.webp", encoded("WEBP"), []),
-    ("sound.bmp", encoded("BMP"), []),
-    ("grey.png", encoded("PNG", pixels().convert("L")), []),
-    ("name without extension", encoded("PNG"), []),
-    ("empty.jpg", b"", ["image_empty"]),
-    ("page.jpg", b"<!DOCTYPE html><html>404</html>", ["image_not_image"]),
-    ("note.png", b"version https://git-lfs.github.com/spec/v1", ["image_not_image"]),
-    ("cut.jpg", encoded("JPEG")[:-100], ["image_damaged"]),
-    ("header.jpg", encoded("JPEG")[:7], ["image_damaged"]),
-    ("cut.png", encoded("PNG")[:-100], ["image_damaged"]),
-    ("noise.png", encoded("PNG")[:60] + bytes(range(256)) * 8, ["image_damaged"]),
-    ("zeros.jpg", encoded("JPEG")[:700] + bytes(3000), ["image_damaged"]),
-    ("bomb.png", World(Path(), records=0, images=0, faults=0)._bomb(), ["image_too_large"]),
-    ("is_png.jpg", encoded("PNG"), ["image_extension"]),
-    ("is_jpeg.png", encoded("JPEG"), ["image_extension"]),
-    ("cmyk.jpg", encoded("JPEG", pixels().convert("CMYK")), ["image_cmyk"]),
-    ("palette.png", encoded("PNG", pixels().convert("P")), ["image_palette"]),
-    ("deep.png", encoded("PNG", Image.fromarray(np.full((9, 9), 40_000, np.uint16))), ["image_deep"]),
-    ("alpha.png", encoded("PNG", pixels().convert("RGBA")), ["image_transparent"]),
-    ("frames.gif", animated("GIF"), ["image_palette", "image_animated"]),
-    ("frames.webp", animated("WEBP"), ["image_animated"]),
-    ("turned.jpg", rotated(), ["image_rotated"]),
-    ("dot.png", encoded("PNG", pixels(1, 1)), ["image_tiny"]),
-    ("strip.png", encoded("PNG", pixels(640, 8)), ["image_strip"]),
-    ("no_end.png", encoded("PNG")[:-12], ["image_unfinished"]),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "expected"), FILES, ids=[name for name, _, _ in FILES])
-def test_an_image_file_gets_its_findings_and_no_others(
-    tmp_path: Path, name: str, content: bytes, expected: list[str]
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    assert checks_of(path) == expected
-
-
-@pytest.mark.parametrize(("name", "content"), [(n, c) for n, c, _ in FILES], ids=[name for name, _, _ in FILES])
-def test_an_error_is_what_training_would_refuse(tiny_spec: Any, tmp_path: Path, name: str, content: bytes) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    try:
-        view = load_view(path, policy="pad", spec=tiny_spec)
-        assert view.shape[0] == 3
-        refused = False
-    except DataError:
-        refused = True
-    assert any(severity_of(check) == "error" for check in checks_of(path)) == refused
-
-
-@pytest.fixture(scope="module")
-def tiny_spec(tiny_dir: Path) -> Any:
-    return model_spec(tiny_run(tiny_dir, tiny_dir / "unused").model)
-
-
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "folder.jpg").mkdir()
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
-    assert checks_of(tmp_path / "folder.jpg") == ["image_no_file"]
-    assert checks_of(tmp_path / "pipe.jpg") == ["image_no_file"]  # without waiting for a writer
-    assert checks_of(tmp_path / "dangling.jpg") == ["image_missing"]
-    assert checks_of(tmp_path / "absent" / "a.jpg") == ["image_missing"]
-
-
-def test_a_missing_image_names_the_file_with_another_extension(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded("PNG"))
-    (tmp_path / "b.JPG").write_bytes(encoded("JPEG"))
-    (found,) = look_at(tmp_path / "a.jpg", shown="a.jpg")
-    assert found == Finding("image_missing", "image 'a.jpg' does not exist, a.png exists")
-    (found,) = look_at(tmp_path / "b.gif", shown="b.gif")
-    assert found.reason.endswith(", b.JPG exists")
-    (found,) = look_at(tmp_path / "c.jpg", shown="c.jpg")
-    assert found.reason.endswith("does not exist")
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_a_file_cut_at_any_byte_never_passes_for_a_whole_one(tmp_path: Path, kind: str) -> None:
-    content = encoded(kind, pixels(24, 16) if kind != "GIF" else pixels(24, 16).convert("P"))
-    path = tmp_path / f"cut.{kind.lower()}"
-    path.write_bytes(content)
-    whole = checks_of(path)
-    assert not any(severity_of(check) == "error" for check in whole)
-    passed = []
-    for length in range(1, len(content)):
-        path.write_bytes(content[:length])
-        if checks_of(path) == whole:
-            passed.append(length)
-    assert passed == []
-
-
-def test_headers_alone_find_bombs_and_web_pages_but_not_cut_files(tmp_path: Path) -> None:
-    for name, content, expected in (
-        ("a.jpg", encoded("JPEG")[:-100], []),
-        ("b.jpg", b"<html>", ["image_not_image"]),
-        ("c.png", World(Path(), records=0, images=0, faults=0)._bomb(), ["image_too_large"]),
-    ):
-        (tmp_path / name).write_bytes(content)
-        assert checks_of(tmp_path / name, decode=False) == expected
-
-
-def test_links_that_lead_out_of_the_image_folder_are_refused_unless_allowed(tmp_path: Path) -> None:
-    outside, root = tmp_path / "outside", tmp_path / "real"
-    (root / "inside").mkdir(parents=True)
-    outside.mkdir()
-    for folder in (outside, root / "inside"):
-        (folder / "a.png").write_bytes(encoded("PNG"))
-    (root / "file_out.png").symlink_to(outside / "a.png")
-    (root / "folder_out").symlink_to(outside)
-    (root / "file_in.png").symlink_to("inside/a.png")
-    (root / "folder_in").symlink_to("inside")
-    (tmp_path / "linked").symlink_to(root)
-    for folder in (root, tmp_path / "linked"):  # the image folder itself may be a link
-        for name in ("inside/a.png", "file_in.png", "folder_in/a.png", "absent.png"):
-            assert resolve_image(name, folder) == folder / name
-        for name in ("file_out.png", "folder_out/a.png"):
-            with pytest.raises(DataError, match=r"leads out of the image folder .* data.follow_links: true"):
-                resolve_image(name, folder)
-            assert resolve_image(name, folder, follow_links=True).is_file()
-
-
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
-def sample(*texts: str, images: tuple[str, ...] = (), id: str = "a") -> Sample:
-    roles: Any = ("user", "assistant")
-    return Sample(id=id, source="", turns=tuple(Turn(roles[n % 2], t) for n, t in enumerate(texts)), images=images)
-
-
-def record_job(tiny_spec: Any, **rules: Any) -> RecordJob:
-    job = RecordJob([""], [SampleTokenizer(tiny_spec, DataConfig(**rules))])
-    job._bounds[0] = LengthBound(job.tokenizers[0])
-    return job
-
-
-def test_records_that_do_not_fit_are_told_apart(tiny_spec: Any) -> None:
-    job = record_job(tiny_spec, max_tokens=200)
-    long = "what is this " * 200
-
-    def checks(*texts: str) -> list[str]:
-        return [finding.check for finding in job.look(sample(*texts))]
-
-    assert checks("What?", "A tile.") == []
-    assert checks("Was ist das für ein Bäcker?", "Ein schöner.") == []  # not ASCII: tokenised to know
-    assert checks("What?", "A tile.", long, "Yes.") == ["drops_turns"]
-    assert checks("What?", long) == ["cuts_answer"]
-    assert checks(long, "A tile.") == ["no_supervision"]
-    (found,) = job.look(sample("a", "b", "c " * 400, "d"))
-    assert found.reason == "2 of 4 turns do not fit into max_tokens 200"
-
-
-def test_a_template_that_cannot_hold_a_record_is_a_finding_of_it(tiny_spec: Any) -> None:
-    job = record_job(tiny_spec, template="plain")
-    assert job.look(sample("What?", "A tile.")) == []
-    (found,) = job.look(sample("What?", "A tile.", "Sure?", "Yes."))
-    assert found.check == "template"
-    assert "one question and one answer" in found.reason
-
-
-@pytest.mark.parametrize("template", ["v1", "plain", "chatml", "llama3"])
-def test_the_length_bound_is_never_wrong(tiny_spec: Any, template: str) -> None:
-    tokenizer = SampleTokenizer(tiny_spec, DataConfig(template=template, max_tokens=400))
-    bound = LengthBound(tokenizer)
-    generator = np.random.default_rng(0)
-    letters = [*map(chr, range(32, 127)), "\n", "é", "漢", "</s>", "<|im_end|>", "   "]
-    sure = 0
-    for _ in range(400):
-        texts = ["".join(generator.choice(letters, size=generator.integers(1, 60))) or "a" for _ in range(2)]
-        texts = [text if text.strip() else "a" for text in texts]
-        record = sample(*(["<image>", *texts[1:]] if generator.random() < 0.3 else texts))
-        images = sum(turn.text.count("<image>") for turn in record.turns)
-        record = sample(*(turn.text for turn in record.turns), images=("a.png",) * images)
-        if bound.surely_fits(record):
-            tokens = tokenizer.tokenize(record)
-            assert tokens.dropped_turns == tokens.cut_tokens == 0
-            assert tokens.num_label_tokens > 0
-            sure += 1
-    assert 40 < sure < 400
-
-
-def test_bulk_reading_gives_the_records_of_the_index(tiny_dir: Path, tmp_path: Path) -> None:
-    run = tiny_run(tiny_dir, tmp_path / "out")
-    source = open_mixture(run, "instruct", progress=False).sources[0]
-    table = source.rows.table()
-    for start, stop in ((0, len(source)), (3, 11), (7, 8), (5, 5)):
-        read = list(read_samples(table, start, stop, source.name))
-        assert read == [source.sample(row) for row in range(start, stop)]
-    rows = Rows(2, 10, 20)
-    assert (len(rows), rows[:3], rows[4:], rows[3]) == (10, Rows(2, 10, 13), Rows(2, 14, 20), 13)
-
-
-# --- workers that die -------------------------------------------------------------------------------------------------
-
-
-class FragileJob:
-    """Items are words: ``kill``, ``segfault``, ``once:<marker file>``, ``sleep``, ``raise``; others give nothing."""
-
-    def start(self) -> None:
-        pass
-
-    def begin(self, task: Any) -> Any:
-        return task
-
-    def look(self, item: str) -> list[Finding]:
-        if item == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if item == "segfault":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if item == "sleep":
-            time.sleep(3600)
-        if item == "raise":
-            raise RuntimeError("no luck")
-        if item.startswith("once:") and not Path(item[5:]).exists():
-            Path(item[5:]).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return [Finding("image_tiny", item)] if item == "odd" else []
-
-    def end(self) -> None:
-        return None
-
-
-class HopelessJob(FragileJob):
-    def start(self) -> None:
-        raise DataError("the tokenizer is not there")
-
-
-class DyingJob(FragileJob):
-    def start(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_the_death_of_a_worker_is_the_finding_of_the_item_it_looked_at(tmp_path: Path) -> None:
-    once = f"once:{tmp_path / 'marker'}"
-    words = ["a", "kill", "odd", "b", "segfault", "c", once, "odd", "sleep", "raise", "d", "odd"]
-    tasks = [words[at : at + 5] for at in range(0, len(words), 5)]
-    found: dict[str, list[str]] = {}
-    looked: list[str] = []
-    for done in run_job(FragileJob(), tasks, workers=2, stuck_after_s=2):
-        looked += done.task
-        for place, findings in done.found:
-            found.setdefault(done.task[place], []).extend(f"{f.check}: {f.reason}" for f in findings)
-    assert sorted(looked) == sorted(words)  # each is accounted for, none twice
-    assert found.pop("odd") == ["image_tiny: odd"] * 3
-    assert found.pop("raise") == ["crash: RuntimeError: no luck"]
-    assert found.pop("kill")[0].startswith("crash: the process that looked at it died, twice: SIGKILL")
-    assert found.pop("segfault") == ["crash: the process that looked at it died, twice: SIGSEGV"]
-    assert found.pop("sleep") == ["crash: it took longer than 2 s"]
-    assert found.pop(once)[0].startswith("crash_once: a process died while it looked at it: SIGKILL")
-    assert found == {}
-
-
-def test_workers_that_cannot_start_end_the_examination_with_their_error() -> None:
-    with pytest.raises(DataError, match="the tokenizer is not there"):
-        list(run_job(HopelessJob(), [["a"]], workers=1))
-    with pytest.raises(DataError, match=r"die before they look at anything .*SIGKILL"):
-        list(run_job(DyingJob(), [["a"]], workers=1))
-
-
-# --- a whole examination ----------------------------------------------------------------------------------------------
 
 
 def write_records(folder: Path, records: list[dict[str, Any]], name: str = "data.json") -> Path:

@@ -7,63 +7,24 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.model_folder_fixture import Bomb, change_manifest, cli, load
 from tests.tiny import build_encoder, build_llm, build_open_clip, build_timm
 from tests.tiny_run import tiny_run, write_dataset
 from vlit.errors import CheckpointError, EvaluationError, ModelError
-from vlit.models.artifact import load_model
-from vlit.models.encoders._hf_model import vision_class
 from vlit.models.interop.weights import WeightFiles
 from vlit.registry import BENCHMARKS, ENCODERS, LLMS
 
+pytest_plugins = ["tests.model_folder_fixture"]
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Bomb:
-    """A pickle of this runs code when it is read carelessly."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.canary),)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of one step a stage; the second model folder holds ``llm/``."""
-    from vlit.train.run import run_training
-
-    out = tmp_path_factory.mktemp("trained") / "out"
-    run_training(tiny_run(tiny_dir, out, "stages.align.max_steps=1", "stages.instruct.max_steps=1"))
-    return out
-
-
-@pytest.fixture
-def model(trained: Path, tmp_path: Path) -> Path:
-    """A copy of a model folder, to be tampered with."""
-    return Path(shutil.copytree(trained / "instruct" / "model", tmp_path / "model"))
-
-
-def change_manifest(folder: Path, **changes: Any) -> None:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for key, value in changes.items():
-        manifest[key] = manifest[key] | value if isinstance(value, dict) else value
-    path.write_text(json.dumps(manifest))
-
-
-def load(folder: Path, **options: Any) -> Any:
-    return load_model(folder, dtype=torch.float32, **options)[0]
 
 
 # --- model folders ----------------------------------------------------------------------------------------------------
@@ -146,94 +107,6 @@ def test_the_stage_names_of_a_run_folder_cannot_lead_outside(trained: Path, tmp_
         (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"stages": {stage: {}}}))
         with pytest.raises(CheckpointError, match="outside of the run"):
             open_checkpoint(tmp_path / "run")
-
-
-# --- code that comes with a model -------------------------------------------------------------------------------------
-
-CODE = """
-import os
-os.makedirs({canary!r}, exist_ok=True)
-from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-class CanaryConfig(LlamaConfig):
-    model_type = {model_type!r}
-
-class CanaryModel(LlamaForCausalLM):
-    config_class = CanaryConfig
-
-class CanaryTokenizer(PreTrainedTokenizerFast):
-    pass
-
-class CanaryProcessor(CLIPImageProcessor):
-    pass
-"""
-AUTO_MAP = {
-    "AutoConfig": "canary.CanaryConfig", "AutoModelForCausalLM": "canary.CanaryModel", "AutoModel": "canary.CanaryModel",
-    "AutoTokenizer": [None, "canary.CanaryTokenizer"], "AutoImageProcessor": "canary.CanaryProcessor",
-}  # fmt: skip
-
-
-def with_code(source: Path, folder: Path, *, model_type: str | None = None) -> tuple[Path, Path]:
-    """A copy of a model folder that brings Python code, and the canary that this code makes."""
-    canary = folder.parent / "canary"
-    shutil.copytree(source, folder)
-    config = json.loads((folder / "config.json").read_text())
-    model_type = model_type or config["model_type"]
-    (folder / "canary.py").write_text(CODE.format(canary=str(canary), model_type=model_type))
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            held = json.loads((folder / name).read_text()) | {"auto_map": AUTO_MAP}
-            (folder / name).write_text(json.dumps(held | ({"model_type": model_type} if name == "config.json" else {})))
-    return folder, canary
-
-
-def test_code_that_comes_with_a_language_model_runs_only_when_asked_for(tiny_dir: Path, tmp_path: Path) -> None:
-    source = build_llm("llama", tiny_dir / "llama")
-    folder, canary = with_code(source, tmp_path / "evil", model_type="canary_llama")
-    config = LLMS.get("hf")(path=str(folder))
-    with pytest.raises(ModelError, match=r"set model\.llm\.trust_remote_code: true"):
-        config.build(dtype=torch.float32)
-    assert not canary.exists()
-    built = LLMS.get("hf")(path=str(folder), trust_remote_code=True).build(dtype=torch.float32)
-    assert type(built.hf).__name__ == "CanaryModel"
-    assert canary.exists()
-
-
-@pytest.mark.parametrize("part", ["llm", "encoder"])
-def test_code_beside_a_known_model_is_left_alone(tiny_dir: Path, tmp_path: Path, part: str) -> None:
-    if part == "llm":
-        from vlit.data.load_tokenizer import tokenizer_for
-
-        folder, canary = with_code(build_llm("llama", tiny_dir / "llama"), tmp_path / "evil")
-        LLMS.get("hf")(path=str(folder)).build(dtype=torch.float32)
-        tokenizer_for(str(folder))
-    else:
-        folder, canary = with_code(build_encoder("clip", tiny_dir / "clip"), tmp_path / "evil")
-        ENCODERS.get("hf")(path=str(folder)).build(dtype=torch.float32)
-    assert not canary.exists()
-
-
-def test_a_manifest_cannot_grant_itself_the_right_to_run_code(model: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    source = build_llm("llama", tiny_dir / "llama")
-    folder, canary = with_code(source, tmp_path / "evil", model_type="canary_llama2")
-    held = json.loads((model / "manifest.json").read_text())["model"]
-    llm = held["llm"] | {"path": str(folder), "trust_remote_code": True}
-    change_manifest(model, model={"llm": llm}, changed=["connector"], unchanged={})
-    with pytest.raises(ModelError, match="--trust-remote-code"):
-        load(model)
-    done = cli("chat", "--checkpoint", str(model), "--prompt", "?", check=False)
-    assert done.returncode == 2
-    assert "--trust-remote-code" in done.stderr
-    assert not canary.exists()
-    load(model, trust_remote_code=True)
-    assert canary.exists()
-
-
-def test_an_architecture_name_calls_nothing_but_a_model_class() -> None:
-    from transformers import PretrainedConfig
-
-    with pytest.raises(ModelError, match='architecture "pipeline"'):
-        vision_class(PretrainedConfig(architectures=["pipeline"]), path="x", trust_remote_code=False)
 
 
 # --- weight files -----------------------------------------------------------------------------------------------------
@@ -383,15 +256,6 @@ for name in ("connect", "connect_ex", "sendto"):
 for name in ("getaddrinfo", "gethostbyname"):
     setattr(socket, name, _wall(name, getattr(socket, name)))
 """
-
-
-def cli(*words: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
-    command = [sys.executable, "-m", "vlit.cli", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.mark.slow

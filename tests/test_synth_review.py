@@ -1,98 +1,33 @@
-"""The review page: driven in a real browser, killed, attacked; its log and its agreement."""
+"""The review page: driven in a real browser, killed and attacked."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlit.cli import main
-from vlit.data.record import Record, Region, read_records, write_records
+from tests.review_fixture import call, serving
+from vlit.data.record import read_records
 from vlit.errors import ConfigError, DataError
-from vlit.serve.review.agreement import agreement_table, cohen_kappa
-from vlit.serve.review.command import export_reviews, open_server, url_of
-from vlit.serve.review.dataset import Reviewed
-from vlit.serve.review.log import DecisionLog
-from vlit.serve.review.server import MAX_BODY_BYTES, ReviewServer
-from vlit.synth.digits.world import ensure_world
-from vlit.synth.quality.annotations import read_annotations
-from vlit.types import Turn
+from vlit.serve.review.command import open_server, url_of
+from vlit.serve.review.server import MAX_BODY_BYTES
+
+pytest_plugins = ["tests.review_fixture"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1280,900",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("review") / "world"
-    ensure_world(root, train_images=8, validation_images=5, test_images=5, questions_per_kind=2, progress=False)
-    return root
-
-
-@pytest.fixture
-def dataset(world: Path, tmp_path: Path) -> Path:
-    """Eight records of the digits world with regions; images lie beside."""
-    shutil.copytree(world / "images" / "train", tmp_path / "images" / "train")
-    known = read_annotations([f"train/={world / 'annotations' / 'instances_train.json'}"])
-    assert known is not None
-    records = []
-    for number, (image, things) in enumerate(sorted(known.things.items())):
-        regions = tuple(Region(f"{thing.colour} {thing.label}", thing.box) for thing in things)
-        turns = (Turn("user", "<image>\nHow many digits are there?"), Turn("assistant", f"There are {len(things)}."))
-        kind = "count" if number % 2 else "number"
-        records.append(Record(f"r{number}", turns, (image,), domain="digits", instruction_type=kind, regions=regions))
-    write_records(tmp_path / "data.jsonl", records)
-    return tmp_path / "data.jsonl"
-
-
-@contextmanager
-def serving(dataset: Path, **options: Any) -> Iterator[ReviewServer]:
-    server = open_server(dataset, **options)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-        server.log.close()
-
-
-def call(server: ReviewServer, path: str, body: Any = None, **headers: str | None) -> tuple[int, Any]:
-    """Status and JSON of one request with all the right headers, unless others are given (None: left out)."""
-    port = server.server_address[1]
-    sent = {"Host": f"127.0.0.1:{port}", "X-Review-Token": server.token, "Content-Type": "application/json"}
-    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.putrequest("GET" if data is None else "POST", path, skip_host=True)
-    for name, value in sent.items():
-        if value is not None:
-            connection.putheader(name, value)
-    if data is not None and "Content-Length" not in sent:
-        connection.putheader("Content-Length", str(len(data)))
-    connection.endheaders(data)
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, json.loads(content) if "json" in answer.headers["Content-Type"] else content
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------------
@@ -342,98 +277,3 @@ def test_other_machines_need_a_host_and_a_token(dataset: Path, monkeypatch: pyte
     with serving(dataset) as server, pytest.raises(DataError, match="another review"):
         open_server(dataset)
     assert server.log.path.stat().st_mode & 0o077 == 0
-
-
-# --- the log, export, agreement -----------------------------------------------------------------------------------------
-
-
-def test_a_torn_line_is_cut_off_and_a_damaged_one_is_named(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path / "log.jsonl")
-    for row in range(3):
-        log.decide("a", row, "d", "accept")
-    log.undo("a")
-    log.close()
-    whole = log.path.read_bytes()
-    for cut in range(len(whole)):
-        log.path.write_bytes(whole[:cut])
-        again = DecisionLog(log.path)
-        lines = whole[:cut].count(b"\n")
-        assert len(again.by_record()) == (2 if lines == 4 else lines)
-        again.decide("b", 7, "d", "reject")
-        again.close()
-        assert all(json.loads(line) for line in log.path.read_bytes().splitlines())
-    log.path.write_bytes(b"garbage\n" + whole)
-    with pytest.raises(DataError, match="line 1 is not a decision"):
-        DecisionLog(log.path)
-
-
-def test_undo_goes_back_to_the_decision_before(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path / "log.jsonl")
-    log.decide("a", 0, "d", "accept")
-    log.decide("b", 0, "d", "reject")
-    log.decide("a", 0, "d", "edit", ["x"])
-    for expected in ("accept", None):
-        assert log.undo("a") is not None
-        last = log.last("a", 0)
-        assert (last.action if last else None) == expected
-    assert log.undo("a") is None
-    log.close()
-    again = DecisionLog(log.path, write=False)
-    assert again.by_record().keys() == {0}
-    assert again.reviewers() == ["b"]
-
-
-def test_export_leaves_out_what_one_rejects_and_refuses_a_changed_file(dataset: Path, tmp_path: Path) -> None:
-    with serving(dataset) as server:
-        for said in ("a 0 accept", "b 0 reject", "a 1 accept", "b 1 accept", "b 2 reject"):
-            reviewer, row, action = said.split()
-            assert call(server, "/api/decide", {"reviewer": reviewer, "row": int(row), "action": action})[0] == 200
-        assert main(["synth", "review", str(dataset), "--export", str(tmp_path / "out.jsonl")]) == 0  # while it is open
-    records = list(read_records(tmp_path / "out.jsonl"))
-    assert [record.id for record in records] == ["r1"]
-    assert records[0].provenance["review"]["reviewers"] == ["a", "b"]
-    original = list(read_records(dataset))
-    assert replace(records[0], provenance={}) == original[1]
-    write_records(dataset, [original[0], replace(original[1], kind="other"), *original[2:]])
-    with pytest.raises(DataError, match="changed since"):
-        export_reviews(dataset, out=tmp_path / "again.jsonl")
-    assert not (tmp_path / "again.jsonl").exists()
-
-
-def test_scores_of_the_quality_card_are_found_beside_the_dataset(dataset: Path) -> None:
-    from vlit.serve.quality import measure_quality
-
-    measure_quality(dataset, workers=1)
-    with serving(dataset) as server:
-        rows = call(server, "/api/rows?reviewer=a")[1]
-        assert len(rows["scores"]["quality"]) == rows["records"] == 8
-    write_records(dataset, list(read_records(dataset))[:3])
-    with pytest.raises(DataError, match="8 rows"):
-        open_server(dataset)
-
-
-def test_files_that_cannot_be_reviewed_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("[1]\n")
-    with pytest.raises(DataError, match="line 1 is not a record"):
-        Reviewed(tmp_path / "a.jsonl", images=tmp_path)
-    (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="no records"):
-        Reviewed(tmp_path / "a.jsonl", images=tmp_path)
-
-
-def test_kappa_equals_scikit_learn() -> None:
-    from random import Random
-
-    from sklearn.metrics import cohen_kappa_score
-
-    rng = Random(0)
-    for size in (2, 5, 50):
-        left, right = (rng.choices(["accept", "edit", "reject"], k=size) for _ in range(2))
-        if len({*left, *right}) > 1:
-            assert cohen_kappa(zip(left, right, strict=True)) == pytest.approx(cohen_kappa_score(left, right))
-    assert cohen_kappa([]) is None
-    assert cohen_kappa([("accept", "accept")]) == 1
-    rows = agreement_table(
-        {0: {"a": "accept", "b": "accept"}, 1: {"a": "reject", "b": "accept"}, 2: {"a": "accept", "c": "edit"}}
-    )
-    assert [(row["a"], row["b"], row["records"]) for row in rows] == [("a", "b", 2), ("a", "c", 1)]
