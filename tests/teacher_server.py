@@ -54,6 +54,8 @@ class Accounts:
     most_at_once: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     good: Counter[str] = field(default_factory=Counter)
+    charged: Counter[str] = field(default_factory=Counter)
+    """How often each request key was paid for."""
     seen: Counter[str] = field(default_factory=Counter)
     times: list[float] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -67,9 +69,13 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(
-        self, *, faults: dict[str, float] | None = None, delay_s: float = 0.0, slow_s: float = 1.0, keep: bool = False
-    ):
+        self, *, faults: dict[str, float] | None = None, delay_s: float = 0.0, slow_s: float = 1.0, keep: bool = False,
+        honours_keys: bool = False,
+    ):  # fmt: skip
         super().__init__(("127.0.0.1", 0), Handler)
+        self.honours_keys = honours_keys
+        self.answered: dict[str, tuple[bytes, bytes]] = {}
+        """(request, answer) by Idempotency-Key; a repeated request gets the same answer and is not charged again."""
         self.faults, self.delay_s, self.slow_s, self.keep = faults or {}, delay_s, slow_s, keep
         self.accounts = Accounts()
         self.key = ""
@@ -121,12 +127,12 @@ class Handler(BaseHTTPRequestHandler):
             if server.keep:
                 accounts.bodies.append(asked)
         try:
-            self.answer(asked, key, server.fault(key, attempt), len(raw))
+            self.answer(asked, key, server.fault(key, attempt), raw)
         finally:
             with accounts.lock:
                 accounts.now -= 1
 
-    def answer(self, asked: dict[str, Any], key: str, fault: str, size: int) -> None:
+    def answer(self, asked: dict[str, Any], key: str, fault: str, raw: bytes) -> None:
         accounts, server = self.server.accounts, self.server
         with accounts.lock:
             accounts.statuses[fault or "ok"] += 1
@@ -141,12 +147,16 @@ class Handler(BaseHTTPRequestHandler):
         limit = asked.get("max_tokens") or asked.get("max_completion_tokens") or 100
         tokens_out = Random(key).randint(limit // 4, limit)
         nano = tokens_in * accounts.usd_per_million_in * 1000 + tokens_out * accounts.usd_per_million_out * 1000
+        request, known = server.answered.get(key, (raw, b"")) if server.honours_keys else (raw, b"")
+        if request != raw:
+            self.reply(409, b'{"error": {"message": "this Idempotency-Key came with another request"}}')
+            return
         with accounts.lock:  # charged when the answer is made, whether it arrives or not
-            accounts.charged_nano += round(nano)
-            accounts.tokens_in += tokens_in
-            accounts.tokens_out += tokens_out
-        if fault == "slow":
-            time.sleep(server.slow_s)
+            if not known:
+                accounts.charged[key] += 1
+                accounts.charged_nano += round(nano)
+                accounts.tokens_in += tokens_in
+                accounts.tokens_out += tokens_out
         message: dict[str, Any] = {"role": "assistant", "content": talk(asked, key)}
         if fault == "refusal":
             message |= {"content": None, "refusal": "I would rather not describe this."}
@@ -159,6 +169,9 @@ class Handler(BaseHTTPRequestHandler):
                 "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out},
             }
         ).encode()
+        server.answered[key] = (raw, body)
+        if fault == "slow":
+            time.sleep(server.slow_s)
         if fault == "cut_json":
             self.reply(200, body[: len(body) // 2])
         elif fault == "cut_body":

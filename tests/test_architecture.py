@@ -65,6 +65,42 @@ def test_imports_only_go_down_and_never_sideways() -> None:
     assert wrong == []
 
 
+def test_every_name_imported_from_vlit_is_there_also_in_programs_that_only_slow_tests_start() -> None:
+    names: dict[str, set[str]] = {}
+    for path in (ROOT / "vlit").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        names[module] = top_level_names(ast.parse(path.read_text(encoding="utf-8")))
+    folders = ("vlit", "tests", "scripts", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 400
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: from {node.module} import {alias.name}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vlit"
+        for alias in node.names
+        if alias.name not in names.get(str(node.module), ()) and f"{node.module}.{alias.name}" not in names
+    ]
+    assert wrong == []
+
+
+def top_level_names(tree: ast.Module) -> set[str]:
+    """What a module defines or imports outside of functions and classes."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
 def test_every_room_has_a_floor() -> None:
     rooms = {p.stem for p in (ROOT / "vlit").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert rooms - {"__init__"} == set(FLOORS)

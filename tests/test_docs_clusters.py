@@ -52,7 +52,7 @@ def test_a_command_of_the_page_runs(number: int, workplace: tuple[Path, Path]) -
 
 
 def test_the_page_has_commands_and_they_cover_one_process_two_ranks_and_two_nodes() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     text = "\n".join(BLOCKS)
     for part in ("vlit preflight", "vlit train", "--nproc-per-node 2", "--nnodes 2"):
         assert part in text

@@ -20,7 +20,7 @@ import torch
 
 from vlit.config.load import load_config
 from vlit.errors import TrainingError
-from vlit.train import facts
+from vlit.train.cluster import facts
 from vlit.train.cluster.preflight import data_identities, preflight
 from vlit.train.distributed import start_ranks
 
