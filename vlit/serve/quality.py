@@ -30,7 +30,7 @@ def measure_quality(
     write: Path | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Write ``card.json``, ``card.html``, ``metrics.parquet`` and, with filters, ``kept.jsonl`` and ``removed.jsonl``.
+    """Write ``card.json``, ``card.html``, ``metrics.parquet``; with filters ``kept.jsonl``, its metrics, ``removed.jsonl``.
 
     Raises:
         ConfigError: a filter that does not exist, or whose metric this run does not measure.
@@ -50,7 +50,7 @@ def measure_quality(
         eval_images=eval_images, workers=workers or cores(),
     )  # fmt: skip
     card = build_card(found, peak_bytes=peak_memory())
-    if rules or select is not None:
+    if rules or select is not None or write is not None:
         card["kept"] = keep_records(found, out, rules=rules, count=select, write=write or out / "kept.jsonl")
     write_columns(out / "metrics.parquet", found)
     write_card(out / "card.json", card)
@@ -74,7 +74,13 @@ def keep_records(found: Measured, out: Path, *, rules: list[Any], count: int | N
         kept[chosen] = True
     reasons = removal_report(out / "removed.jsonl", found, kept, by_rule, selected=count is not None)
     written = write_kept(found.path, write, kept)
+    write_columns(metrics_of(write), found, kept)
     return {"records": written, "removed": len(found) - written, "reasons": reasons, "filters": [str(r) for r in rules]}
+
+
+def metrics_of(dataset: Path) -> Path:
+    """Where the metrics of a filtered dataset lie: beside it."""
+    return dataset.with_name(dataset.name.removesuffix(".jsonl") + ".metrics.parquet")
 
 
 def image_folder(dataset: Path, images: Path | None) -> Path | None:

@@ -111,6 +111,8 @@ def _diversity(card: dict[str, Any]) -> Markup:
         *distinct,
         *((f"balance of {name}", value) for name, value in balance),
         ("different roots", number(card["different_roots"])),
+        ("question templates", number(card["templates"]["different"])),
+        ("question templates, effective number", number(card["templates"]["effective"])),
     ]
     rows += [(f"pictures: {name.replace('_', ' ')}", number(value)) for name, value in card["pictures"].items()]
     charts = tag(

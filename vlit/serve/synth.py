@@ -8,39 +8,51 @@ from pathlib import Path
 from typing import Any
 
 from vlit.errors import ConfigError, DataError
-from vlit.synth.engine.estimate import Estimate, estimate
-from vlit.synth.engine.pipeline import Report, run
+from vlit.synth.engine.estimate import estimate
+from vlit.synth.engine.pipeline import Report, build_teachers, run
 from vlit.synth.engine.settings import SynthConfig
 from vlit.synth.engine.status import read_status
 
 
 def synth_run(settings: SynthConfig, *, yes: bool) -> bool:
     """Estimate, ask where money or other people's machines are involved, run, report. False: some items are unanswered."""
-    from vlit.synth.engine.pipeline import build_teachers
-
-    if any(teacher.is_remote for teacher in build_teachers(settings).values()):
-        _confirm(estimate(settings), settings, yes=yes)
+    confirm({"": settings}, yes=yes)
     report = run(settings)
-    _show(report, Path(settings.out))
+    show_report(report, Path(settings.out))
     return report.unanswered == 0
 
 
-def _confirm(found: Estimate, settings: SynthConfig, *, yes: bool) -> None:
-    print(found.text(), file=sys.stderr)
-    if settings.budget_usd is not None:
-        print(f"budget    ${settings.budget_usd:,.2f} (the run stops before it could be exceeded)", file=sys.stderr)
+def confirm(runs: dict[str, SynthConfig], *, yes: bool) -> None:
+    """Show what runs (by name) will cost, and ask, where money or other people's machines are involved.
+
+    Raises:
+        ConfigError: the answer is no, or nobody is there to answer.
+    """
+    remote = {
+        name: settings
+        for name, settings in runs.items()
+        if any(teacher.is_remote for teacher in build_teachers(settings).values())
+    }
+    if not remote:
+        return
+    for name, settings in remote.items():
+        print(f"-- {name}\n" * bool(name) + estimate(settings).text(), file=sys.stderr)
+    budget = next(iter(remote.values())).budget_usd
+    if budget is not None:
+        print(f"budget    ${budget:,.2f} (the run stops before it could be exceeded)", file=sys.stderr)
     if yes:
         return
     if not sys.stdin.isatty():
         raise ConfigError(
-            "vlit synth run: this run sends requests to another machine. Add --yes to begin without a question."
+            "vlit synth: this run sends requests to another machine. Add --yes to begin without a question."
         )
     print("begin? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise ConfigError("vlit synth run: not begun.")
+        raise ConfigError("vlit synth: not begun.")
 
 
-def _show(report: Report, out: Path) -> None:
+def show_report(report: Report, out: Path) -> None:
+    """What every stage did, what it cost, and where the dataset lies."""
     for stage in report.stages:
         why = ", ".join(f"{name} {count}" for name, count in stage.rejected.most_common())
         parts = [f"{stage.items_in} in", f"{stage.items_out} out"]

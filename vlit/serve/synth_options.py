@@ -1,4 +1,4 @@
-"""``vlit synth run|estimate|status|world``: their options, and the calls behind them. Imports nothing heavy."""
+"""``vlit synth run|estimate|build|status|world``: their options, and the calls behind them. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+DEFAULT_BUILD = Path("configs/synth/world.yaml")
 AddCommand = Callable[[str, Callable[[argparse.Namespace], Any], str], argparse.ArgumentParser]
 
 
@@ -38,6 +39,15 @@ def add_engine_commands(command: AddCommand) -> None:
             sub.add_argument("--yes", action="store_true", help="begin without a question after the estimate")
         else:
             sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "build", _build, "Recipes, one dataset, its card, filters, and the review page, by one configuration."
+    )
+    sub.add_argument("--config", type=Path, default=DEFAULT_BUILD, help=f"YAML file (default: {DEFAULT_BUILD})")
+    sub.add_argument("--yes", action="store_true", help="begin without a question after the estimate")
+    sub.add_argument("--no-review", action="store_true", help="do not serve the review page afterwards")
+    sub.add_argument("--port", type=int, default=8765, help="of the review page; 0 takes a free one (default: 8765)")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example out=FOLDER max_items=100")
 
     sub = command("status", _status, "How far a run is, and what it has cost.")
     sub.add_argument("out", type=Path, help="folder of the run")
@@ -75,6 +85,20 @@ def _estimate(args: argparse.Namespace) -> None:
     from vlit.serve.synth import synth_estimate
 
     synth_estimate(_settings(args), as_json=args.json)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from vlit.serve.build import synth_build
+    from vlit.serve.review.command import open_server, review
+    from vlit.synth.engine.settings import read_build
+
+    settings = read_build(args.config, args.overrides)
+    kept = synth_build(settings, yes=args.yes)
+    if kept is None:
+        return 1
+    if not args.no_review:
+        review(open_server(kept, images=Path(settings.images), port=args.port))
+    return 0
 
 
 def _status(args: argparse.Namespace) -> None:

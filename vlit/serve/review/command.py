@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vlit.errors import ConfigError, DataError
-from vlit.serve.quality import image_folder
+from vlit.serve.quality import image_folder, metrics_of
 from vlit.serve.review.dataset import Reviewed, export
 from vlit.serve.review.log import DecisionLog
 from vlit.serve.review.server import ReviewServer, is_loopback
@@ -46,8 +46,9 @@ def open_server(
     if token is not None and (len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
         raise ConfigError(f"--token: {len(token)} characters, at least {MIN_TOKEN} printable ones are needed.")
     root = image_folder(dataset, images) or dataset.parent
-    beside = dataset.with_name(dataset.name.removesuffix(".jsonl") + ".quality") / "metrics.parquet"
-    found = scores or (beside if beside.is_file() else None)
+    card = dataset.with_name(dataset.name.removesuffix(".jsonl") + ".quality")
+    places = (metrics_of(dataset), card / "metrics.parquet")
+    found = scores or next((path for path in places if path.is_file()), None)
     data = Reviewed(dataset, images=root, scores=found)
     decisions = DecisionLog(log_of(dataset, log))
     out = dataset.with_name(dataset.name.removesuffix(".jsonl") + ".accepted.jsonl")

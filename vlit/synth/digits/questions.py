@@ -154,8 +154,11 @@ def ask_sum(things: Things, rng: Random) -> Turn | None:
     return Turn("sum", question, f"{' + '.join(t.digit for t in things)} = {sum(int(t.digit) for t in things)}.")
 
 
-def ask_yes_no(things: Things, rng: Random) -> Turn:
-    """Eight forms; in each the statement is true with probability one half whatever the scene."""
+def ask_yes_no(things: Things, rng: Random, *, forms: Sequence[int] = range(8)) -> Turn | None:
+    """Eight forms; in each the statement is true with probability one half whatever the scene.
+
+    ``forms``: those to draw from, in order. The last one, an empty place, needs a place without a thing.
+    """
     thing, truth = rng.choice(things), rng.random() < 0.5
 
     def stated(right: str, wrong: Sequence[str], near: Sequence[str]) -> str:
@@ -166,7 +169,10 @@ def ask_yes_no(things: Things, rng: Random) -> Turn:
         return rng.choice(close) if close and rng.random() < 0.5 else rng.choice([v for v in wrong if v != right])
 
     digits, colours, places = ([getattr(t, name) for t in things] for name in ("digit", "colour", "position"))
-    form = rng.randrange(8 if len(things) < len(POSITIONS) else 7)
+    possible = [form for form in forms if form < 7 or len(things) < len(POSITIONS)]
+    if not possible:
+        return None
+    form = rng.choice(possible)
     a_or_no = "a" if truth else "no"
     if form == 0:
         question = f"Is the digit at the {thing.position} {_article(stated(thing.digit, DIGITS, digits))}?"
@@ -205,11 +211,11 @@ class _Lookup:
     fact: str
 
 
-def _lookup(things: Things, rng: Random) -> _Lookup:
+def _lookup(things: Things, rng: Random, forms: Sequence[int]) -> _Lookup:
     thing = rng.choice(things)
     digits, colours = [t.digit for t in things], [t.colour for t in things]
     at, of = f"The digit at the {thing.position} is", f"The {thing.colour} digit is"
-    form = rng.randrange(5)
+    form = rng.choice(forms)
     if form == 0:
         return _Lookup(_digit_question(thing, rng), thing.digit, DIGITS, digits, f"{at} {thing.digit}")
     if form == 1:
@@ -223,8 +229,9 @@ def _lookup(things: Things, rng: Random) -> _Lookup:
     return _Lookup(_count_question(rng), str(len(things)), COUNTS, (), _number_of(things)[:-1])
 
 
-def ask_choice(things: Things, rng: Random) -> Turn:
-    asked = _lookup(things, rng)
+def ask_choice(things: Things, rng: Random, *, forms: Sequence[int] = range(5)) -> Turn:
+    """A question about one value with four options."""
+    asked = _lookup(things, rng, forms)
     close = list(dict.fromkeys(value for value in asked.near if value != asked.value))
     wrong = rng.sample(close, rng.randint(0, len(close)))
     others = [value for value in asked.pool if value != asked.value and value not in wrong]
@@ -237,8 +244,9 @@ def ask_choice(things: Things, rng: Random) -> Turn:
     return Turn("choice", question, f"{asked.fact}, so {LETTERS[place]}.", tuple(options))
 
 
-def ask_short(things: Things, rng: Random) -> Turn:
-    asked = _lookup(things, rng)
+def ask_short(things: Things, rng: Random, *, forms: Sequence[int] = range(5)) -> Turn:
+    """A question about one value, answered by the value alone."""
+    asked = _lookup(things, rng, forms)
     return Turn("short", f"{asked.question} {ONE_WORD}", asked.value)
 
 

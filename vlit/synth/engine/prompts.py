@@ -74,10 +74,11 @@ def read_prompt(name: str, *, own: str | None = None) -> Prompt:
 
 
 def read_list(name: str, *, own: str | None = None) -> tuple[list[str], str]:
-    """(entries, version) of a list: one a line; ``#`` begins a note; ``\\n`` in a line is a line break."""
+    """(entries, version) of a list: one a line; ``#`` begins a note; ``\\n`` in a line is a line break; ``""`` is an
+    entry without words."""
     path = find(name, own=own)
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    entries = [line.replace("\\n", "\n") for line in lines if line and not line.startswith("#")]
+    entries = ["" if line == '""' else line.replace("\\n", "\n") for line in lines if line and not line.startswith("#")]
     if not entries:
         raise DataError(f"{path}: the list is empty. Write one entry a line.")
     return entries, version_of(path)

@@ -13,12 +13,13 @@ from vlit.config.load import apply_override, read_yaml
 from vlit.config.strict import Strict
 from vlit.errors import ConfigError
 
+RESERVED = ("quality", ".", "..")
+"""Names below ``out`` that no recipe may take."""
 
-class SynthConfig(Strict):
-    """A run of the data engine. Every key can be set as ``key=value`` behind ``vlit synth run``."""
 
-    recipe: component("recipe")  # type: ignore[valid-type]
-    """How instructions are made."""
+class EngineSettings(Strict):
+    """What every run of the data engine is told."""
+
     teacher: component("teacher") = ComponentConfig(type="annotations")  # type: ignore[valid-type]
     """Who answers text prompts. `annotations` is embedded: it answers from the annotations, without model and network."""
     vision_teacher: component("teacher") | None = None  # type: ignore[valid-type]
@@ -29,10 +30,6 @@ class SynthConfig(Strict):
     """Folder that image paths are relative to, in the annotations and in what is written."""
     records: list[str] = []
     """Canonical JSONL files of finished records, for recipes that build on them."""
-    out: str
-    """Folder of the run: journals, replies, dataset.jsonl, rejected.jsonl, report.json."""
-    calls: str = ""
-    """File of all requests and replies; empty: calls.jsonl of the run. Runs with the same file share replies and budget."""
     budget_usd: Annotated[float, Field(ge=0)] | None = None
     """What all requests of the calls file together may cost at most; needs the teachers' prices."""
     max_items: Annotated[int, Field(ge=1)] | None = None
@@ -45,6 +42,76 @@ class SynthConfig(Strict):
     """Decides selections and draws."""
     plugins: list[str] = []
     """Modules that register further teachers, recipes or generators."""
+
+
+class SynthConfig(EngineSettings):
+    """A run of one recipe. Every key can be set as ``key=value`` behind ``vlit synth run``."""
+
+    recipe: component("recipe")  # type: ignore[valid-type]
+    """How instructions are made."""
+    out: str
+    """Folder of the run: journals, replies, dataset.jsonl, rejected.jsonl, report.json."""
+    calls: str = ""
+    """File of all requests and replies; empty: calls.jsonl of the run. Runs with the same file share replies and budget."""
+
+
+class QualitySettings(Strict):
+    """What a built dataset is compared with, and what of it is kept (`vlit synth quality`)."""
+
+    keep: list[str] = ["clean"]
+    """Filters, as for `vlit synth quality --keep`; all must hold."""
+    select: Annotated[int, Field(ge=1)] | None = None
+    """Then keep this many records by quality and diversity; null: all."""
+    annotations: list[str] = []
+    """COCO instances that answers are compared with, each `FILE` or `FOLDER/=FILE`. Empty: the build's own."""
+    eval_texts: list[str] = []
+    """Evaluation files whose questions must not be among the records."""
+    eval_images: list[str] = []
+    """Folders of evaluation pictures that must not be among the pictures."""
+
+
+class BuildConfig(EngineSettings):
+    """Several recipes over the same pictures, then measured and filtered. Every key can be set as ``key=value`` behind ``vlit
+    synth build``."""
+
+    world: component("world") | None = None  # type: ignore[valid-type]
+    """A self-made world of pictures and annotations to build first (`digits`)."""
+    recipes: Annotated[dict[str, component("recipe")], Field(min_length=1)]  # type: ignore[valid-type]
+    """Recipes by a name of your choice; each works in a folder of that name below `out`. Null leaves one out."""
+    out: str
+    """Folder of the build: one folder a recipe, calls.jsonl, dataset.jsonl, quality/, train.jsonl."""
+    quality: QualitySettings = QualitySettings()
+
+    def settings_of(self, name: str) -> SynthConfig:
+        """The run of one recipe; all runs share replies and budget."""
+        shared = {key: getattr(self, key) for key in EngineSettings.model_fields}
+        folder = Path(self.out)
+        return SynthConfig(
+            **shared, recipe=self.recipes[name], out=str(folder / name), calls=str(folder / "calls.jsonl")
+        )
+
+
+def read_build(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
+    """A YAML file (with ``extends:``) and dotted overrides.
+
+    Raises:
+        ConfigError: one line a mistake.
+    """
+    from vlit.registry import load_plugins
+
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    recipes = data.get("recipes")
+    if isinstance(recipes, dict):
+        data["recipes"] = {name: held for name, held in recipes.items() if held is not None}
+        if unusable := [name for name in data["recipes"] if Path(name).name != name or name in RESERVED]:
+            raise ConfigError(f'{path}: recipes: "{unusable[0]}" cannot be the name of a folder here. Choose another.')
+    load_plugins([str(name) for name in data.get("plugins") or []])
+    try:
+        return BuildConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from error
 
 
 def read_settings(path: Path | None, given: dict[str, Any], overrides: Sequence[str] = ()) -> SynthConfig:

@@ -158,6 +158,15 @@ def _find_picture(images: Path, split: str, name: str, source: Path) -> str:
     )
 
 
+def picture_prefix(path: Path, images: Path) -> str | None:
+    """What stands before the file names of a COCO file with boxes in image paths (often nothing); None when it has no boxes."""
+    data = orjson.loads(path.read_bytes())
+    if not any("bbox" in row for row in data["annotations"][:1]):
+        return None
+    name = str(data["images"][0]["file_name"])
+    return _find_picture(images, path.stem.split("_", 1)[-1], name, path).removesuffix(name)
+
+
 def views_of_folder(images: Path) -> list[View]:
     """Views without annotations: every picture below a folder, by path."""
     found = sorted(p for p in images.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())

@@ -49,6 +49,7 @@ def build_card(found: Measured, *, peak_bytes: int | None = None) -> dict[str, A
             "distinct": {f"distinct_{n}": _share(d, t) for n, (d, t) in enumerate(_pairs(found), start=1)},
             "roots": _roots(tally.roots),
             "different_roots": len(tally.roots),
+            "templates": found.templates,
             "balance": {name: entropy(Counter(found.fields[name])) for name in ("kind", "domain", "instruction_type")},
             "groups": {
                 name: dict(Counter(found.fields[name]).most_common(30))
@@ -120,8 +121,8 @@ def _roots(roots: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return {verb: dict(nouns[verb].most_common(TOP_NOUNS)) for verb, _ in verbs.most_common(TOP_VERBS)}
 
 
-def write_columns(path: Path, found: Measured) -> None:
-    """Every metric of every record as Parquet: ``row``, ``id``, text fields, numbers."""
+def write_columns(path: Path, found: Measured, kept: np.ndarray | None = None) -> None:
+    """Every metric of every record (or of those kept) as Parquet: ``row``, ``id``, text fields, numbers."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -130,7 +131,8 @@ def write_columns(path: Path, found: Measured) -> None:
     columns |= {"id": pa.array(found.fields["id"]), "earlier": pa.array(found.earlier)}
     columns |= {name: pa.array(values) for name, values in found.numbers.items()}
     aside = path.with_name(f".{path.name}.writing")
-    parquet.write_table(pa.table(columns), aside)
+    table = pa.table(columns)
+    parquet.write_table(table if kept is None else table.filter(pa.array(kept)), aside)
     aside.replace(path)
 
 

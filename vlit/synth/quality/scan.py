@@ -44,6 +44,8 @@ class Measured:
     tally: Chunk = field(default_factory=Chunk)
     distinct: list[float] = field(default_factory=list)
     pictures: dict[str, Any] = field(default_factory=dict)
+    templates: dict[str, float] = field(default_factory=dict)
+    """Question templates: how many different ones, and how many equally frequent ones would be as varied."""
     repeated_texts: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -149,10 +151,21 @@ def _compare(out: Measured, held: dict[str, np.ndarray], *, near: float) -> None
     duplicate = near_duplicates(held["keys"], held["sets"], starts, near=near, earlier=out.earlier)
     duplicate[exact] = 1.0
     out.numbers["duplicate"] = duplicate
+    out.templates = _variety(np.array(held["templates"]))
     guessed = guessed_by_majority(np.array(held["templates"]), np.array(held["answers"]))
     turns = np.nan_to_num(out.numbers["turns"]).astype(np.int64)
     owner = np.repeat(np.arange(number), turns)
     out.numbers["blind"] = (np.bincount(owner, weights=guessed, minlength=number) / turns.clip(1)).astype(np.float32)
+
+
+def _variety(hashes: np.ndarray) -> dict[str, float]:
+    """Different values, and the exponential of their entropy (Hill number of order 1; Hill 1973, doi:10.2307/1934352)."""
+    counts = np.unique(hashes, return_counts=True)[1]
+    shares = counts / max(counts.sum(), 1)
+    return {
+        "different": len(counts),
+        "effective": float(np.exp(-(shares * np.log(shares)).sum())) if len(counts) else 0.0,
+    }
 
 
 def _look(

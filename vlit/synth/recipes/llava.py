@@ -55,6 +55,9 @@ class LlavaRecipe(RecipeConfig):
     """Different types for each picture."""
     max_tokens: Annotated[int, Field(ge=16)] = 1024
     """Of one reply."""
+    image_place: Literal["random", "first"] = "random"
+    """Where the picture stands in the first question: before or after it at random, as in the paper, or always before it.
+    Records that begin with their picture can share it in training (`data.share_images`)."""
     balance: bool = False
     """Take a set of pictures in which rare concepts are kept and frequent ones are cut, as for CC3M-595K."""
     min_phrase_count: Annotated[int, Field(ge=1)] = 3
@@ -102,7 +105,7 @@ class LlavaRecipe(RecipeConfig):
                     View.of(item | {"id": item["view"]}),
                     pairs,
                     suffix=kind,
-                    image_first=rng.random() < 0.5,
+                    image_first=rng.random() < 0.5 or self.image_place == "first",
                     kind=kind,
                     instruction_type=kind,
                     provenance={"recipe": "llava", "prompt": prompts[kind].version},

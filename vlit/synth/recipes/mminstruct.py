@@ -7,6 +7,7 @@ each question. The 24 domains and all seeds are our own selection (``prompts/mmi
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,8 @@ from vlit.synth.engine.views import View
 QuestionKind = Literal["judgement", "choice", "short", "long"]
 KINDS: tuple[QuestionKind, ...] = ("judgement", "choice", "short", "long")
 YES_NO = {"yes": "Yes", "no": "No"}
+CONCLUSION = re.compile(r"\bso,? (?:the answer is )?(yes|no|[A-D])\.?$")
+"""How a reasoned judgement or choice ends."""
 
 
 @RECIPES.register("mminstruct")
@@ -40,13 +43,19 @@ class MMInstructRecipe(RecipeConfig):
     """Seed questions shown, at most."""
     prior: str = ""
     """What is known of all pictures beforehand, for example a search word; empty: nothing."""
+    answers: Literal["bare", "reasoned"] = "bare"
+    """Judgements and choices are answered by "Yes" or a letter alone, as in the paper, or `reasoned`: what is seen first, then
+    "so yes." or "so B."; a student too small to conclude in silence learns more from these."""
     max_caption_tokens: Annotated[int, Field(ge=16)] = 600
     max_tokens: Annotated[int, Field(ge=16)] = 700
 
     def stages(self, inputs: Inputs) -> list[Stage]:
-        describe, ask_for = (read_prompt(f"mminstruct/{name}", own=self.prompts) for name in ("caption", "questions"))
+        form = "_reasoned" if self.answers == "reasoned" else ""
+        describe = read_prompt("mminstruct/caption", own=self.prompts)
+        ask_for = read_prompt(f"mminstruct/questions{form}", own=self.prompts)
         groups, groups_version = read_groups("mminstruct/domains", own=self.prompts)
-        formats = {kind: read_list(f"format/{kind}", own=self.prompts) for kind in KINDS}
+        named = {kind: kind + form if kind in ("judgement", "choice") else kind for kind in KINDS}
+        formats = {kind: read_list(f"format/{name}", own=self.prompts) for kind, name in named.items()}
         domains = self._domains(list(groups), inputs)
 
         def ask_caption(item: Item) -> Ask:
@@ -78,8 +87,8 @@ class MMInstructRecipe(RecipeConfig):
         def finish(item: Item, reply: Reply | None) -> list[Item]:
             assert reply is not None
             kind, rng = item["asked"], random_for(inputs.seed, "record", item["id"])
-            pairs = [check_pair(pair, kind) for pair in read_pairs(reply)]
-            turns = [(f"{shown(pair)}\n{rng.choice(formats[kind][0])}", pair.answer) for pair in pairs]
+            pairs = [check_pair(pair, kind, is_reasoned=bool(form)) for pair in read_pairs(reply)]
+            turns = [(shown(pair, rng.choice(formats[kind][0])), pair.answer) for pair in pairs]
             options = pairs[0].options if len(pairs) == 1 else ()
             return [
                 record_item(
@@ -112,25 +121,26 @@ class MMInstructRecipe(RecipeConfig):
         return possible
 
 
-def shown(pair: Pair) -> str:
-    """The question, with its options a line each."""
+def shown(pair: Pair, wanted: str) -> str:
+    """The question, with its options a line each, and what form of answer is wanted (may be empty)."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, pair.options, strict=False)]
-    return "\n".join([pair.question, *lines])
+    return "\n".join([pair.question, *lines, *([wanted] if wanted else [])])
 
 
-def check_pair(pair: Pair, kind: str) -> Pair:
+def check_pair(pair: Pair, kind: str, *, is_reasoned: bool = False) -> Pair:
     """A pair in the form its type asks for, or Rejected."""
     question, answer = check_answer(pair.question), check_answer(pair.answer)
     if "<" in question and ">" in question:
         raise Rejected("wild_card", question[:80])
+    if is_reasoned and kind in ("judgement", "choice"):
+        return _check_reasoned(Pair(question, answer, pair.options), kind)
     if kind == "judgement":
         word = answer.split()[0].strip(".,!").lower()
         if word not in YES_NO:
             raise Rejected("judgement", f"{answer[:40]!r} is neither yes nor no")
         return Pair(question, YES_NO[word])
     if kind == "choice":
-        if len(pair.options) != 4 or len(set(pair.options)) != 4:
-            raise Rejected("options", f"{len(set(pair.options))} different options, expected 4")
+        _check_options(pair)
         letter = answer.strip(" ().:")[:1].upper()
         alone = len(answer.strip(" ().:")) == 1 or not answer.strip()[1:2].isalpha()
         if letter not in LETTERS[:4] or not alone:
@@ -141,3 +151,21 @@ def check_pair(pair: Pair, kind: str) -> Pair:
     if kind == "long" and len(answer.split()) < 5:
         raise Rejected("short", f"{len(answer.split())} words for a long answer")
     return Pair(question, answer)
+
+
+def _check_options(pair: Pair) -> None:
+    if len(pair.options) != 4 or len(set(pair.options)) != 4:
+        raise Rejected("options", f"{len(set(pair.options))} different options, expected 4")
+
+
+def _check_reasoned(pair: Pair, kind: str) -> Pair:
+    """An answer that ends in a conclusion of its type, with at least three words before it."""
+    found = CONCLUSION.search(pair.answer)
+    if found is None or (found[1] in YES_NO) != (kind == "judgement"):
+        wanted = '"so yes." or "so no."' if kind == "judgement" else '"so " and a letter from A to D'
+        raise Rejected("conclusion", f"the answer does not end in {wanted}: {pair.answer[-40:]!r}")
+    if len(pair.answer[: found.start()].split()) < 3:
+        raise Rejected("conclusion", f"no reason before it: {pair.answer[:60]!r}")
+    if kind == "choice":
+        _check_options(pair)
+    return pair

@@ -7,7 +7,7 @@ rejection, records) is the code that reads a large model's replies.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Annotated, Any
 
@@ -42,13 +42,19 @@ class AnnotationsConfig(ComponentConfig):
 class AnnotationsTeacher(Teacher):
     """One function a task."""
 
+    name = "annotations"
     limits = Limits(concurrency=1)
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
     def identity(self) -> dict[str, Any]:
-        return {"type": "annotations", "version": VERSION, "seed": self.seed}
+        return {"type": self.name, "version": VERSION, "seed": self.seed}
+
+    @property
+    def tasks(self) -> Mapping[str, Callable[[dict[str, Any], Random], str]]:
+        """What it can do: from the facts of a request to its answer."""
+        return TASKS
 
     def known_domains(self) -> set[str] | None:
         return set(embedded.DOMAINS)
@@ -57,10 +63,11 @@ class AnnotationsTeacher(Teacher):
         return content_hash([super().key(ask), ask.task, ask.facts])
 
     def send(self, ask: Ask) -> str:
-        if ask.task not in TASKS:
-            raise ConfigError(f'teacher annotations: cannot do the task "{ask.task}". {did_you_mean(ask.task, TASKS)}')
+        if ask.task not in self.tasks:
+            known = did_you_mean(ask.task, self.tasks)
+            raise ConfigError(f'teacher {self.name}: cannot do the task "{ask.task}". {known}')
         rng = Random(f"{self.seed}:{ask.task}:{ask.sample}:{content_hash(ask.facts)}")
-        return json.dumps({"text": TASKS[ask.task](ask.facts, rng)})
+        return json.dumps({"text": self.tasks[ask.task](ask.facts, rng)})
 
     def read(self, body: str) -> Reply:
         try:
@@ -106,6 +113,8 @@ def _refine(facts: dict[str, Any], rng: Random) -> str:
 
 
 def _domain(facts: dict[str, Any], rng: Random) -> str:
+    if facts["domain"] not in embedded.DOMAINS:
+        return NOTHING  # rehearsing for a teacher that knows more
     drawn = [embedded.domain_pair(View.of(facts["view"]), facts["domain"], facts["kind"], rng) for _ in range(9)]
     different = {pair.question: pair for pair in drawn if pair is not None}
     return tagged(list(different.values())[: facts["questions"]])
