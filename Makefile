@@ -1,10 +1,10 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Both print the plain commands they run.
+# `make demo` and `make test` do everything on a fresh machine, `make data` builds instruction data; all print the plain commands they run.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo demo-short demo-ablation test test-slow docs clean
+.PHONY: demo demo-short demo-ablation data test test-slow docs clean
 
 demo: $(STAMP)  ## train both stages on the embedded world, evaluate, write the report
 	$(BIN)/vlit demo
@@ -14,6 +14,9 @@ demo-short: $(STAMP)  ## the same with a few steps: does everything run?
 
 demo-ablation: $(STAMP)  ## what each ingredient is worth, from runs
 	$(BIN)/vlit demo-ablation
+
+data: $(STAMP)  ## annotations -> instruction data, measured, filtered, on a review page
+	$(BIN)/vlit synth build
 
 test: $(STAMP)  ## linters and the test suite, but for the tests marked slow
 	$(BIN)/ruff check .

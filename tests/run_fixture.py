@@ -123,8 +123,8 @@ def _parts(*, stage2: bool) -> list[dict[str, Any]]:
 
 def _plan(sources: int) -> dict[str, Any]:
     listed = [
-        {"name": "captions", "records": 8000, "weight": 1.0, "images": 8000, "quarantined": 0},
-        {"name": EVIL, "records": 24000, "weight": 0.5, "images": 8000, "quarantined": 3},
+        {"name": "captions", "records": 8000, "weight": 1.0, "per_epoch": 8000, "images": 8000, "quarantined": 0},
+        {"name": EVIL, "records": 24000, "weight": 0.5, "per_epoch": 12000, "images": 8000, "quarantined": 3},
     ][:sources]
     return {
         "sources": listed, "records_per_epoch": 8000 * sources, "steps": 200, "tokens_mean": 121.4, "tokens_p50": 118,

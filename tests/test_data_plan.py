@@ -22,6 +22,7 @@ class Source:
     name: str
     size: int
     weight: float = 1.0
+    share: float | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -58,6 +59,25 @@ def test_an_epoch_shows_every_record_once_in_an_order_of_its_own():
     assert [mixture.record(place) for place in range(42)] == epochs[0], "asking again, out of order"
     other = Mixture([Source("a", 30), Source("b", 12)], seed=4)
     assert [other.record(place) for place in range(42)] != epochs[0]
+
+
+def test_shares_hold_whatever_the_sizes_and_within_a_source_records_are_seen_equally_often():
+    mixture = Mixture(
+        [Source("small", 10, share=0.5), Source("large", 90, share=0.3), Source("text", 100, share=0.2)], 0
+    )
+    assert mixture.records_per_epoch == 200
+    seen: Counter[tuple[int, int]] = Counter()
+    for epoch in range(9):
+        drawn = [(int(entry) >> 40, int(entry) & ((1 << 40) - 1)) for entry in mixture.epoch(epoch)]
+        assert Counter(source for source, _ in drawn) == {0: 100, 1: 60, 2: 40}
+        seen.update(drawn)
+    for source, size, records in ((0, 10, 900), (1, 90, 540), (2, 100, 360)):
+        times = [seen[source, record] for record in range(size)]
+        assert sum(times) == records
+        assert max(times) - min(times) <= 1
+    many = Mixture([Source("small", 1000, share=0.25), Source("large", 9000, share=0.75)], 0)
+    first = np.mean([many.record(position)[0] == 0 for position in range(2000)])
+    assert abs(first - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5, "shares hold in every stretch of the order"
 
 
 @pytest.mark.parametrize("weight", [0.25, 0.3, 0.5, 1.5, 2.0, 3.7])

@@ -250,6 +250,7 @@ class Source:
     size: int
     images: int
     weight: float = 1.0
+    share: float | None = None
 
     def __len__(self) -> int:
         return self.size

@@ -90,7 +90,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     convert(
         args.path, args.out, source_format=args.source, to=args.to, options=args.overrides, images=args.images,
-        quarantine=args.on_bad_record == "quarantine", budget=args.quarantine_budget,
+        quarantine=args.on_bad_record == "quarantine", budget=args.quarantine_budget, join=args.join,
     )  # fmt: skip
 
 
@@ -214,6 +214,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--to", choices=["llava", "parquet"], default="llava", help="parquet holds the pictures as well")
     sub.add_argument("--images", type=Path, help="folder of the image paths (default: the dataset's own)")
+    sub.add_argument(
+        "--join", type=int, metavar="N", help="join records of one picture to conversations of at most N exchanges"
+    )
     sub.add_argument("--on-bad-record", choices=["error", "quarantine"], default="error")
     sub.add_argument(
         "--quarantine-budget", type=float, default=0.01, help="most bad records, as a share (default: 0.01)"

@@ -39,6 +39,9 @@ class DataSource(Strict):
     """Folder the records' image paths are relative to. Empty: the folder of `path`, or `path` where it is a folder."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each record is seen per epoch: 0.5 = a random half, 2 = twice. A new half is drawn every epoch."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of a weight: the share of all records seen that come from here, whatever the sizes. All sources of a stage have
+    one, or none has; they add up to 1."""
     max_records: PositiveInt | None = None
     """Use only this many records, drawn at random once with the run's seed."""
     name: str | None = None
@@ -224,6 +227,16 @@ class StageConfig(Strict):
     """A step with a non-finite loss or gradient is not applied; more than this many end the run."""
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> StageConfig:
+        shares = [source.share for source in self.data]
+        if any(shares):
+            if None in shares or any(source.weight != 1.0 for source in self.data):
+                raise ValueError("data: share and weight do not go together. Give every source a share, or none")
+            if abs(sum(share or 0.0 for share in shares) - 1.0) > 1e-6:
+                raise ValueError(f"data: the shares add up to {sum(share or 0.0 for share in shares):g}, not to 1")
+        return self
 
 
 class OffloadConfig(Strict):

@@ -22,6 +22,7 @@ class Sized(Protocol):
 
     name: str
     weight: float
+    share: float | None
 
     def __len__(self) -> int: ...
 
@@ -43,7 +44,7 @@ class Mixture(Generic[S]):
     are shuffled together.
 
     Args:
-        sources: with ``name``, ``weight`` and ``len``; names must differ.
+        sources: with ``name``, ``weight`` or ``share``, and ``len``; names must differ.
         seed: the run's seed.
         share_at_most: bring up to this many records of one image together, so that they can share it (1: none). The
             records of an image with more are spread over the epoch in several such groups.
@@ -59,8 +60,12 @@ class Mixture(Generic[S]):
         self.sources = list(sources)
         self.seed = seed
         self.share_at_most = share_at_most
-        self.counts = [max(1, round(source.weight * len(source))) for source in sources]
-        """Records of each source per epoch."""
+        total = sum(len(source) for source in sources)
+        self.counts = [
+            max(1, round(source.weight * len(source) if source.share is None else source.share * total))
+            for source in sources
+        ]
+        """Records of each source per epoch; with shares an epoch has as many records as all sources together."""
         self._epochs: dict[int, np.ndarray] = {}
 
     @property

@@ -52,6 +52,7 @@ class RecordSource:
         num_records: int,
         num_quarantined: int,
         weight: float = 1.0,
+        share: float | None = None,
         chosen: np.ndarray | None = None,
         content_hash: str = "",
         follow_links: bool = False,
@@ -63,6 +64,7 @@ class RecordSource:
         self.image_root = image_root
         self.num_quarantined = num_quarantined
         self.weight = weight
+        self.share = share
         self.content_hash = content_hash
         """Of the dataset file, and of the records that a manifest excludes from it."""
         self._follow_links = follow_links
@@ -180,6 +182,7 @@ def open_source(
         num_records=info.num_records,
         num_quarantined=num_bad,
         weight=source.weight,
+        share=source.share,
         content_hash=_identity_of(info.content_hash, excluded),
         chosen=good,
         follow_links=data.follow_links,

@@ -206,8 +206,11 @@ def _assumed(run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed, reas
         if entry is None:
             missing.append(source.path)
         else:
-            records = min(entry["records"], source.max_records or entry["records"]) * source.weight
-            known.append((records, entry))
+            records = min(entry["records"], source.max_records or entry["records"])
+            known.append((records * source.weight, entry))
+    if not missing and config.data[0].share is not None:
+        total = sum(records for records, _ in known)
+        known = [(total * (s.share or 0.0), entry) for s, (_, entry) in zip(config.data, known, strict=True)]
     enough = None not in (assumed.records, assumed.tokens_per_record, assumed.images_per_record)
     if missing and not enough:
         raise ConfigError(

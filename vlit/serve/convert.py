@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from vlit.data.formats._base import BadRow, FormatConfig, place_of, record_of
 from vlit.data.images import resolve_image
 from vlit.data.index import MAX_BAD_LISTED
+from vlit.data.join import join_turns
 from vlit.data.record import Record
 from vlit.data.source import QuarantineEntry, check_budget, write_quarantine
 from vlit.data.writers import write_llava, write_parquet
@@ -31,6 +32,7 @@ def convert(
     images: Path | None = None,
     quarantine: bool = False,
     budget: float = 0.01,
+    join: int | None = None,
 ) -> int:
     """Read ``path``, write ``out``; returns the number of records. Prints what was written, and bad records by kind.
 
@@ -39,6 +41,7 @@ def convert(
         images: folder of the image references. Default: the dataset's own folder.
         quarantine: leave bad records out and list them in ``<out>.quarantine.jsonl``; otherwise any of them is an error.
         budget: largest share of bad records under ``quarantine``.
+        join: join records of one picture to conversations of at most so many exchanges.
 
     Raises:
         DataError: the dataset cannot be read, or has (too many) bad records; nothing is written.
@@ -47,6 +50,8 @@ def convert(
     root = images or (path if path.is_dir() else path.parent)
     bad: list[BadRow] = []
     records = _good(reader, path, bad, quarantine=quarantine, budget=budget)
+    if join is not None:
+        records = join_turns(records, at_most=join)
     if to == "parquet":
         count = write_parquet(out, records, find_image=lambda name: resolve_image(name, root))
     else:

@@ -25,6 +25,7 @@ from vlit.config.schema import (
     ValidationConfig,
 )
 from vlit.registry import ALL
+from vlit.synth.engine.settings import BuildConfig, EngineSettings, QualitySettings, SynthConfig
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Run (top level)", RunConfig),
@@ -40,6 +41,13 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("`stages.<name>.checkpoint`", CheckpointConfig),
     ("`runtime`", RuntimeConfig),
 )
+
+ENGINE_SECTIONS: tuple[tuple[str, type[BaseModel], tuple[str, ...]], ...] = (
+    ("`vlit synth run` and `estimate`", SynthConfig, ()),
+    ("`vlit synth build`", BuildConfig, tuple(EngineSettings.model_fields)),
+    ("`quality` of `vlit synth build`", QualitySettings, ()),
+)
+"""Configurations of the data engine; a build has the keys of a run too, but for those left out here."""
 
 HEADER = """# Configuration reference
 
@@ -63,6 +71,9 @@ def reference_markdown() -> str:
     parts = [HEADER]
     for title, model in SECTIONS:
         parts.append(f"\n## {title}\n\n{_summary(model)}\n\n{_table(model)}")
+    for title, model, known in ENGINE_SECTIONS:
+        also = " Also every key of `vlit synth run` but `recipe` and `calls`." if known else ""
+        parts.append(f"\n## {title}\n\n{_summary(model)}{also}\n\n{_table(model, skip=known)}")
     parts.append(
         "\n## Components\n\nWherever a key is a component, `type:` picks one of these; a bare name stands for its defaults.\n"
     )
@@ -157,7 +168,7 @@ def _type_name(annotation: Any) -> str:
     ):
         text = text.replace(noise, "")
     if "ComponentConfig" in text:
-        return "list of components" if text.startswith("list") else "component"
+        return {"list": "list of components", "dict": "mapping of components"}.get(text.split("[")[0], "component")
     while "Annotated[" in text:
         start = text.index("Annotated[")
         depth, comma, end = 0, None, len(text)

@@ -209,7 +209,7 @@ def data_section(run: RunFolder) -> Markup:
 
 def _stage_data(stage: str, plan: Row) -> Markup:
     sources = plan.get("sources") or []
-    seen = [float(s.get("records", 0)) * float(s.get("weight", 1.0)) for s in sources]
+    seen = [float(s.get("per_epoch", 0)) for s in sources]
     body = []
     for source, amount in zip(sources, seen, strict=True):
         share = amount / sum(seen) if sum(seen) else 0.0
@@ -218,7 +218,7 @@ def _stage_data(stage: str, plan: Row) -> Markup:
             (
                 source.get("name", ""),
                 number(source.get("records", 0)),
-                number(source.get("weight", 1.0)),
+                number(source.get("weight", 1.0)) if source.get("share") is None else "–",
                 tag("span", bar, f" {percent(share)}"),
                 number(source.get("images", "–")),
                 tag(

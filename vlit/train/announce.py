@@ -30,8 +30,15 @@ def write_plan(
         return
     plan = {
         "sources": [
-            {"name": s.name, "records": len(s), "weight": s.weight, "quarantined": s.num_quarantined}
-            for s in mixture.sources
+            {
+                "name": s.name,
+                "records": len(s),
+                "weight": s.weight,
+                "share": s.share,
+                "per_epoch": count,
+                "quarantined": s.num_quarantined,
+            }
+            for s, count in zip(mixture.sources, mixture.counts, strict=True)
         ],
         "records_per_epoch": mixture.records_per_epoch,
         "global_batch": stage.global_batch,
