@@ -1,7 +1,6 @@
 """Does a long run grow, and does training wait for data? Thousands of steps with data workers, measured from outside.
 
-    python -m tests.scale.memory_soak                                                    # memory: many short steps
-    python -m tests.scale.memory_soak --steps 400 --warm-up 100 stages.instruct.global_batch=32    # waiting: long steps
+    python -m tests.scale.memory_soak        # 7,000 steps of 32 records, about 9 minutes on two idle cores
 
 The warm-up is long because Python keeps up to 2,000 freed tuples of each length: a worker that makes every second step has
 filled that store after 4,000 steps, at 128 bytes a step, and only then stands still.
@@ -35,7 +34,6 @@ from tests.tiny_run import tiny_run
 
 MIB = 2**20
 BLOCKS = 20
-NEGLIGIBLE = 8 * MIB
 STUDENT_T = 2.101
 """97.5 % quantile with BLOCKS - 2 = 18 degrees of freedom."""
 
@@ -51,8 +49,8 @@ class Slope:
 
     @property
     def is_flat(self) -> bool:
-        """No growth is proven, or less than ``NEGLIGIBLE`` in a million steps."""
-        return self.low <= 0.0 <= self.high or abs(self.bytes_a_step) * 1e6 < NEGLIGIBLE
+        """The interval holds zero."""
+        return self.low <= 0.0 <= self.high
 
 
 def slope_of(steps: Sequence[float], resident: Sequence[float]) -> Slope:
@@ -91,7 +89,7 @@ def start(folder: Path, steps: int, workers: int, words: Sequence[str]) -> tuple
         "stages.align=null",
         f"stages.instruct.data=[{{path: {data}, name: photographs}}]",
         f"stages.instruct.max_steps={steps}",
-        "stages.instruct.global_batch=8",
+        "stages.instruct.global_batch=32",
         "stages.instruct.lr=1e-4",
         "stages.instruct.checkpoint.every_steps=100",
         f"data.num_workers={workers}",
@@ -141,8 +139,8 @@ def report(samples: list[tuple[int, int, int]], rows: list[dict[str, Any]], warm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6500)
-    parser.add_argument("--warm-up", type=int, default=4200)
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--warm-up", type=int, default=4800)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every", type=float, default=0.5, help="seconds between samples")
     parser.add_argument("--out", type=Path)
