@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
+from vlit.data.json_stream import iter_json_records
+from vlit.data.record import Record, from_json
 from vlit.errors import DataError
 from vlit.synth.quality.annotations import read_annotations
 from vlit.synth.quality.card import build_card, removal_report, write_card, write_columns, write_kept
@@ -29,6 +33,8 @@ def measure_quality(
     select: int | None = None,
     write: Path | None = None,
     workers: int | None = None,
+    model: Path | None = None,
+    clip: str | None = None,
 ) -> dict[str, Any]:
     """Write ``card.json``, ``card.html``, ``metrics.parquet``; with filters ``kept.jsonl``, its metrics, ``removed.jsonl``.
 
@@ -38,7 +44,10 @@ def measure_quality(
     """
     from vlit.serve.quality_page import build_page
 
-    missing = not_measured(annotations=bool(annotations), eval_texts=bool(eval_texts), eval_images=bool(eval_images))
+    missing = not_measured(
+        annotations=bool(annotations), eval_texts=bool(eval_texts), eval_images=bool(eval_images),
+        model=model is not None, clip=clip is not None,
+    )  # fmt: skip
     rules = parse_filters(keep or [], missing=missing)
     out = out or dataset.with_name(dataset.name.removesuffix(".jsonl") + ".quality")
     root = image_folder(dataset, images)
@@ -49,6 +58,8 @@ def measure_quality(
         dataset, images=root, annotations=read_annotations(annotations or []), eval_texts=eval_texts,
         eval_images=eval_images, workers=workers or cores(),
     )  # fmt: skip
+    if model is not None or clip is not None:
+        ask_models(found, root, model=model, clip=clip)
     card = build_card(found, peak_bytes=peak_memory())
     if rules or select is not None or write is not None:
         card["kept"] = keep_records(found, out, rules=rules, count=select, write=write or out / "kept.jsonl")
@@ -57,6 +68,41 @@ def measure_quality(
     (out / "card.html").write_text(build_page(card, found, root=root), encoding="utf-8")
     _say(card, out)
     return card
+
+
+def ask_models(found: Measured, root: Path | None, *, model: Path | None, clip: str | None) -> None:
+    """Add the columns that trained models give.
+
+    Raises:
+        DataError: CLIP is asked for and there is no folder of pictures.
+        CheckpointError: ``model`` is no trained vlit model.
+    """
+    from tqdm import tqdm
+
+    from vlit.synth.quality.models import clip_scores, losses
+
+    records = readable_records(found)
+    started = time.perf_counter()
+    if clip is not None:
+        if root is None:
+            raise DataError(f"{found.path}: --clip compares pictures with texts; give the pictures with --images.")
+        columns, found.spread = clip_scores(records, clip, root=root)
+        found.numbers |= columns
+    if model is not None:
+        from vlit.serve.commands import load_answerer
+
+        answerer, _ = load_answerer(model, max_new_tokens=1)
+        with tqdm(total=len(records), desc="losses", unit="records", disable=not sys.stderr.isatty()) as bar:
+            found.numbers |= losses(records, answerer, root=root, report=bar.update)
+    found.seconds["models"] = time.perf_counter() - started
+
+
+def readable_records(found: Measured) -> list[Record | None]:
+    """The records of the dataset by row; None for those that cannot be read."""
+    bad = {row for row, _ in found.tally.bad}
+    return [
+        None if row in bad else from_json(orjson.loads(raw)) for row, raw in enumerate(iter_json_records(found.path))
+    ]
 
 
 def keep_records(found: Measured, out: Path, *, rules: list[Any], count: int | None, write: Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def build_page(card: dict[str, Any], found: Measured, *, root: Path | None) -> s
         tag("section", tag("h2", "Correctness"), _correctness(card["correctness"])),
         tag("section", tag("h2", "Diversity"), _diversity(card["diversity"])),
         tag("section", tag("h2", "Complexity"), _complexity(card["complexity"])),
+        tag("section", tag("h2", "By trained models"), _models(card["models"])) if card["models"] else None,
         tag("section", tag("h2", "Distributions"), _histograms(card)),
         tag("section", tag("h2", "Provenance"), _provenance(card["provenance"])),
         *(_faults(name, card, found, examples, root) for name, count in card["faults"].items() if count),
@@ -130,6 +131,14 @@ def _complexity(card: dict[str, Any]) -> Markup:
         if s
     ]
     return tag("div", table(("a record", "mean", "5 %", "median", "95 %"), rows, numeric=(1, 2, 3, 4)), cls="card")
+
+
+def _models(card: dict[str, Any]) -> Markup:
+    spread = [(f"spread of {name}", number(value), "", "", "") for name, value in card.get("spread", {}).items()]
+    rows = _complexity({name: held for name, held in card.items() if name != "spread"})
+    return tag(
+        "div", rows, table(("CLIP", "cosine distance"), [row[:2] for row in spread], numeric=(1,)) if spread else None
+    )
 
 
 def _histograms(card: dict[str, Any]) -> Markup:

@@ -23,6 +23,8 @@ def add_data_commands(command: AddCommand) -> None:
     )  # fmt: skip
     sub.add_argument("--eval-texts", type=Path, action="append", default=[], help="evaluation file (JSONL or JSON)")
     sub.add_argument("--eval-images", type=Path, action="append", default=[], help="folder of evaluation pictures")
+    sub.add_argument("--model", type=Path, help="trained vlit model: loss of the answers with and without the picture")
+    sub.add_argument("--clip", help="transformers CLIP folder: agreement of picture and text, spread of embeddings")
     sub.add_argument("--out", type=Path, help="folder of the card (default: <dataset>.quality)")
     sub.add_argument("--keep", action="append", default=[], metavar="FILTER", help='"correctness>=0.5" or a name')
     sub.add_argument("--select", type=int, metavar="N", help="keep N records by quality and diversity")
@@ -52,7 +54,7 @@ def _quality(args: argparse.Namespace) -> None:
     measure_quality(
         args.dataset, images=args.images, annotations=args.annotations, eval_texts=args.eval_texts,
         eval_images=args.eval_images, out=args.out, keep=args.keep, select=args.select, write=args.write,
-        workers=args.workers,
+        workers=args.workers, model=args.model, clip=args.clip,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ TOP_VERBS, TOP_NOUNS = 20, 4
 """Root verbs and nouns of each that are listed, as in MIMIC-IT's diversity report (arXiv:2306.05425 §3.4)."""
 FAULTS = ("wrong_exists", "wrong_count", "wrong_colour", "wrong_place", "wrong_box", "wrong_yes_no", "leaks", "duplicate",
           "eval_text", "eval_image")  # fmt: skip
+BY_MODELS = ("loss", "loss_blind", "gain", "clip_score")
 BINS = 20
 
 
@@ -67,6 +68,8 @@ def build_card(found: Measured, *, peak_bytes: int | None = None) -> dict[str, A
         "contamination": {
             name: int((numbers[name] > 0).sum()) if name in numbers else None for name in ("eval_text", "eval_image")
         },
+        "models": {name: _summary(numbers[name]) for name in BY_MODELS if name in numbers}
+        | ({"spread": found.spread} if found.spread else {}),
         "provenance": {
             "licences": dict(Counter(name or "unknown" for name in found.fields["licence"]).most_common(20)),
             "sources": dict(Counter(name or "unknown" for name in found.fields["source"]).most_common(20)),
@@ -76,7 +79,7 @@ def build_card(found: Measured, *, peak_bytes: int | None = None) -> dict[str, A
         "faults": {name: int((numbers[name] > 0).sum()) for name in FAULTS if name in numbers},
         "histograms": {
             name: _histogram(numbers[name])
-            for name in ("quality", "correctness", "complexity", "blind", "answer_words")
+            for name in ("quality", "correctness", "complexity", "blind", "answer_words", *BY_MODELS)
             if name in numbers
         },
         "seconds": {name: round(value, 2) for name, value in found.seconds.items()},

@@ -34,6 +34,8 @@ MEANING = {
     "objects": "distinct nouns or names", "relations": "words of place and comparison", "reasoning": "words of inference",
     "complexity": "mean of five squashed counts, 0 to 1",
     "quality": "mean of correctness, complexity and 1 - blind; 0 for faults",
+    "loss": "nats a token of the answers, by --model", "loss_blind": "the same without the picture",
+    "gain": "loss_blind - loss: what the picture gives", "clip_score": "CLIPScore of picture and answers, by --clip",
     "cost_usd": "what the record cost",
 }  # fmt: skip
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -78,7 +80,7 @@ def parse_filters(words: Sequence[str], *, missing: Collection[str] = ()) -> lis
         if not measured:
             raise ConfigError(
                 f'--keep "{word}": {found[0].metric} is not measured. Give --annotations for correctness, --eval-texts or '
-                "--eval-images for contamination."
+                "--eval-images for contamination, --model for losses, --clip for clip_score."
             )
         rules += measured
     return list(dict.fromkeys(rules))
@@ -94,11 +96,14 @@ def _parse(text: str, word: str) -> Rule:
     return Rule(metric, sign, float(value))
 
 
-def not_measured(*, annotations: bool, eval_texts: bool, eval_images: bool) -> set[str]:
+def not_measured(
+    *, annotations: bool, eval_texts: bool, eval_images: bool, model: bool = False, clip: bool = False
+) -> set[str]:
     """Metrics that a run without these inputs does not have."""
     missing = (
         set() if annotations else {"correctness", "claims", *(name for name in MEANING if name.startswith("wrong_"))}
     )
+    missing |= (set() if model else {"loss", "loss_blind", "gain"}) | (set() if clip else {"clip_score"})
     return missing | (set() if eval_texts else {"eval_text"}) | (set() if eval_images else {"eval_image"})
 
 

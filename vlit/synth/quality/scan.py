@@ -46,6 +46,8 @@ class Measured:
     pictures: dict[str, Any] = field(default_factory=dict)
     templates: dict[str, float] = field(default_factory=dict)
     """Question templates: how many different ones, and how many equally frequent ones would be as varied."""
+    spread: dict[str, float] = field(default_factory=dict)
+    """How widely CLIP's embeddings of pictures and answers are spread, where it was asked."""
     repeated_texts: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
