@@ -33,12 +33,22 @@ TAGGED = {
 def talk(asked: dict[str, Any], key: str) -> str:
     """An answer in the form that the prompt asks for."""
     system = str(asked["messages"][0]["content"])
+    if system.startswith("You check answers"):
+        return verdicts(asked["messages"][-1]["content"])
     for kind, text in TAGGED.items():
         if f'of the type "{kind}"' in system:
             return text
     if len(asked["messages"]) == 1 or isinstance(asked["messages"][-1]["content"], list):
         return f"A square fills the picture. It is thing {key[:6]}."
     return TALK.format(f"thing {key[:6]}")
+
+
+def verdicts(content: Any) -> str:
+    """A judge for whom every answer that says "blue" is wrong."""
+    text = content if isinstance(content, str) else next(p["text"] for p in content if p["type"] == "text")
+    answers = [line.split("Answer:", 1)[1] for line in text.splitlines() if "Answer:" in line]
+    wrong = "wrong - nothing blue is to be seen"
+    return "\n".join(f"{n}: {wrong if 'blue' in answer else 'right'}" for n, answer in enumerate(answers, 1))
 
 
 @dataclass

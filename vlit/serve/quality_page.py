@@ -89,13 +89,20 @@ def _correctness(card: dict[str, Any]) -> Markup:
         (check, number(count["all"]), number(count["wrong"]), percent(1 - count["wrong"] / count["all"]))
         for check, count in card["claims"].items()
     ]
+    judged = card["judged"]
+    second = (
+        f" A second teacher agrees with {percent(judged['mean'])} of the answers of {judged['records']:,} records."
+        if judged["records"]
+        else ""
+    )
     yes = percent(card["yes_share"]) if card["yes_share"] is not None else "–"
     return tag(
         "div",
         table(("claims", "compared", "wrong", "agree"), rows, numeric=(1, 2, 3)) if rows else None,
         tag(
             "p",
-            f"Yes among {card['judgements']:,} judgements: {yes}. Records with a leaking answer: {card['leaking_records']:,}.",
+            f"Yes among {card['judgements']:,} judgements: {yes}. Records with a leaking answer: {card['leaking_records']:,}."
+            + second,
         ),
         cls="card",
     )

@@ -44,6 +44,7 @@ def build_card(found: Measured, *, peak_bytes: int | None = None) -> dict[str, A
             },
             "yes_share": verdicts["yes"] / judged if judged else None,
             "judgements": judged,
+            "judged": {"mean": _mean(numbers["judged"]), "records": int(np.isfinite(numbers["judged"]).sum())},
             "leaking_records": int((numbers["leaks"] > 0).sum()),
         },
         "diversity": {

@@ -34,6 +34,7 @@ MEANING = {
     "objects": "distinct nouns or names", "relations": "words of place and comparison", "reasoning": "words of inference",
     "complexity": "mean of five squashed counts, 0 to 1",
     "quality": "mean of correctness, complexity and 1 - blind; 0 for faults",
+    "judged": "share of answers that a second teacher agrees with (recipe judge)",
     "loss": "nats a token of the answers, by --model", "loss_blind": "the same without the picture",
     "gain": "loss_blind - loss: what the picture gives", "clip_score": "CLIPScore of picture and answers, by --clip",
     "cost_usd": "what the record cost",

@@ -182,6 +182,7 @@ def _texts(
                 chunk.verdicts[verdict] += 1
     row["objects"] = len(nouns - STOP)
     row["complexity"] = sum(row[name] / (row[name] + half) for name, half in HALF.items()) / len(HALF)
+    row["judged"] = judged_share(record)
     row["cost_usd"] = _number(record.provenance.get("cost_usd", record.provenance.get("cost")))
     return row, normal
 
@@ -240,6 +241,14 @@ def _fields(record: Record, context: Context) -> dict[str, str]:
         "licence": str(known.get("license") or known.get("licence") or of_image),
         "source": str(known.get("source") or known.get("teacher") or ""),
     }  # fmt: skip
+
+
+def judged_share(record: Record) -> float:
+    """Share of answers that a second teacher agrees with (recipe ``judge``); NaN where none was asked."""
+    verdict = record.provenance.get("judge")
+    if not isinstance(verdict, dict):
+        return float("nan")
+    return _number(verdict.get("agree")) / (_number(verdict.get("of")) or float("nan"))
 
 
 def _number(value: Any) -> float:
