@@ -23,7 +23,7 @@ BLOCKS = re.findall(r"^```bash tested\n(.*?)^```$", PAGE, flags=re.MULTILINE | r
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_run_and_each_data_set_holds_valid_records(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     (tmp_path / "pictures").mkdir()
     for number in range(24):
         Image.new("RGB", (32, 32), (number * 10, 50, 50)).save(tmp_path / "pictures" / f"{number}.png")
@@ -51,6 +51,38 @@ def test_the_commands_of_the_page_run_and_each_data_set_holds_valid_records(tmp_
         assert all((folder / image).is_file() for record in records for image in record.images), name
     steps = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [1, 2, 3]
+
+
+SHORTER = {
+    "vlit synth build": ("--no-review", "max_items=60"),
+    "torchrun scripts/train.py --config configs/stage2_built.yaml": (
+        "stages.align.max_steps=2", "stages.instruct.max_steps=2", "stages.instruct.validation.every_steps=2",
+    ),
+    "vlit eval --checkpoint outputs/built --benchmark digits": ("max_questions=13",),
+}  # fmt: skip
+"""The commands that the page begins with, and words that make them short enough to be tested."""
+
+
+@pytest.mark.slow
+def test_the_commands_that_the_page_begins_with_lead_from_nothing_to_a_model_and_its_score(tmp_path: Path) -> None:
+    opening = PAGE.split("## One command")[1].split("```bash tested")[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```$", opening, flags=re.MULTILINE | re.DOTALL)
+    assert [line.split("#")[0].strip() for block in blocks for line in block.splitlines()] == list(SHORTER)
+    for name in ("configs", "scripts", "vlit"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    for line, words in SHORTER.items():
+        done = subprocess.run(
+            [*line.split(), *words], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "outputs"
+    assert (out / "build" / "quality" / "card.html").is_file()
+    assert len(list(read_records(out / "build" / "train.jsonl"))) > 100
+    results = json.loads(next((out / "built" / "evaluations").glob("*/results.json")).read_text())
+    assert results["n"] == 13
 
 
 def test_the_page_names_every_recipe_and_existing_options() -> None:
