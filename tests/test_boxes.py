@@ -6,16 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlit.data.boxes import FORMS, BoxForm, box_form, llava_form
+from vlit.data.boxes import FORMS, BoxForm, box_form, of_both_sides, of_longer_side
 from vlit.data.record import Region
 from vlit.errors import DataError
 
-ALL = [*FORMS.values(), llava_form(3)]
+ALL = list(FORMS.values())
 PUBLISHED = {
     "llava": "[0.12, 0.30, 0.50, 1.00]",
     "minigpt_v2": "{<12><30><50><100>}",
     "qwen_vl": "<box>(120,300),(500,999)</box>",
     "cogvlm": "[[120,300,500,999]]",
+    "ofa": "<bin_120> <bin_300> <bin_500> <bin_999>",
     "shikra": "[0.120,0.300,0.500,1.000]",
 }
 
@@ -27,7 +28,7 @@ def corners(form: BoxForm) -> st.SearchStrategy[tuple[float, float, float, float
     )
 
 
-def test_there_are_five_published_forms() -> None:
+def test_there_are_six_published_forms() -> None:
     assert set(FORMS) == set(PUBLISHED)
 
 
@@ -54,6 +55,18 @@ def test_any_box_moves_by_at_most_half_a_step(form: BoxForm, data: st.DataObject
     assert form.decode(form.encode([box])) == [form.snap(box)]
     allowed = (1 if form.highest < form.divisor else 0.5) / form.divisor + 1e-12
     assert all(abs(edge - near) <= allowed for edge, near in zip(box, form.snap(box), strict=True))
+
+
+def test_ofa_counts_in_512ths_of_the_longer_side() -> None:
+    """By OFA's own steps: scale the longer side to 512 pixels, divide both axes by 512, 1000 bins."""
+    width, height = 640, 480
+    box = (0.25, 0.5, 0.75, 1.0)
+    pixels = [edge * size * 512 / 640 for edge, size in zip(box, (width, height, width, height), strict=True)]
+    bins = [round(edge / 512 * 999) for edge in pixels]
+    assert box_form("ofa").encode([of_longer_side(box, width, height)]) == " ".join(f"<bin_{n}>" for n in bins)
+    back = of_both_sides(box_form("ofa").decode(" ".join(f"<bin_{n}>" for n in bins))[0], width, height)
+    assert back == pytest.approx(box, abs=0.5 / 999 * 640 / 480)
+    assert of_both_sides((0.0, 0.0, 1.0, 0.76), width, height) == (0.0, 0.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["minigpt_v2", "qwen_vl"])

@@ -1,15 +1,17 @@
-"""How published systems write boxes into text: one interface, five forms, exact on each form's grid.
+"""How published systems write boxes into text: one interface, six forms, exact on each form's grid.
 
 | form | one box | grid | several boxes | source |
 |---|---|---|---|---|
-| ``llava`` | ``[0.12, 0.30, 0.50, 1.00]`` | 1/100 (or 1/1000) | one after the other | LLaVA-1.5, arXiv:2310.03744 |
+| ``llava`` | ``[0.12, 0.30, 0.50, 1.00]`` | 1/100 | one after the other | LLaVA-1.5, arXiv:2310.03744 |
 | ``minigpt_v2`` | ``{<12><30><50><100>}`` | 1/100 | joined by ``<delim>`` | MiniGPT-v2, arXiv:2310.09478 |
 | ``qwen_vl`` | ``<box>(120,300),(500,999)</box>`` | 1/999 | one after the other | Qwen-VL, arXiv:2308.12966 |
 | ``cogvlm`` | ``[[120,300,500,999]]`` | 1/1000, at most 999 | joined by ``;`` | CogVLM, arXiv:2311.03079 |
 | ``shikra`` | ``[0.120,0.300,0.500,1.000]`` | 1/1000 | joined by ``;`` | Shikra, arXiv:2306.15195 |
+| ``ofa`` | ``<bin_120> <bin_300> <bin_500> <bin_999>`` | 1/999 | one after the other | OFA, arXiv:2202.03052; MultiInstruct |
 
 A box is (x0, y0, x1, y1) as shares of the picture's width and height. Qwen-VL's text says 0 to 999 and its evaluation divides
-by 999, so 1.0 is 999 here; CogVLM's divides by 1000, so its largest edge is 0.999.
+by 999, so 1.0 is 999 here; CogVLM's divides by 1000, so its largest edge is 0.999. OFA's edges are shares of the *longer side*
+(it scales that to 512 pixels and divides both axes by 512): :func:`of_longer_side` and its inverse stand between.
 """
 
 from __future__ import annotations
@@ -160,15 +162,23 @@ FORMS = {
         BoxForm("minigpt_v2", 100, 100, "{<", ("><", "><", "><"), ">}", "<delim>", label=("<p>", "</p>")),
         BoxForm("qwen_vl", 999, 999, "<box>(", (",", "),(", ","), ")</box>", "", label=("<ref>", "</ref>")),
         BoxForm("cogvlm", 1000, 999, "", _COMMAS, "", ";", ("[[", "]]"), digits=3),
+        BoxForm("ofa", 999, 999, "<bin_", ("> <bin_", "> <bin_", "> <bin_"), ">", " "),
         BoxForm("shikra", 1000, 1000, "", _COMMAS, "", ";", ("[", "]"), decimals=3),
     )
 }
 """The published forms by name."""
 
 
-def llava_form(decimals: int = 2) -> BoxForm:
-    """LLaVA-1.5's form with 2 decimals (its released file) or 3."""
-    return BoxForm("llava", 10**decimals, 10**decimals, "[", _SPACED, "]", " ", decimals=decimals)
+def of_longer_side(box: Box, width: int, height: int) -> Box:
+    """Shares of width and height -> shares of the longer side; sizes in pixels."""
+    x, y = width / max(width, height), height / max(width, height)
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+
+def of_both_sides(box: Box, width: int, height: int) -> Box:
+    """The inverse of :func:`of_longer_side`; what lies outside of the picture by rounding is put on its edge."""
+    x, y = width / max(width, height), height / max(width, height)
+    return min(1.0, box[0] / x), min(1.0, box[1] / y), min(1.0, box[2] / x), min(1.0, box[3] / y)
 
 
 def _known(name: str) -> str:

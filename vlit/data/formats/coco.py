@@ -51,7 +51,7 @@ class CocoFormat(RecordFormat):
     task: Literal["auto", "caption", "detection"] = "auto"
     """What records ask for. `auto`: captions where the annotations have them, else boxes."""
     boxes: KnownForm = "llava"
-    """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm` or `shikra`."""
+    """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `ofa` or `shikra`."""
     image_name: str = "{file_name}"
     """Where a picture lies, for example `train2017/{file_name}`."""
 

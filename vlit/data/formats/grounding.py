@@ -48,7 +48,7 @@ class _Regions(RecordFormat):
     task: Literal["locate", "describe"] = "locate"
     """`locate`: from words to the box; `describe`: from the box to words."""
     boxes: KnownForm = "llava"
-    """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm` or `shikra`."""
+    """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `ofa` or `shikra`."""
 
     def about(self, identity: str, image: str, regions: list[Region]) -> Record:
         """One exchange a region."""
