@@ -76,7 +76,7 @@ class WithBoxes(RecordFormat):
     """A format whose texts hold boxes."""
 
     boxes: str = "keep"
-    """How boxes are written: `keep` them as they are, or a form: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `ofa`, `shikra`."""
+    """How boxes are written: `keep` them as they are, or `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `ofa`, `shikra`."""
 
     @field_validator("boxes")
     @classmethod
