@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.ranks import PROGRAMS, ROOT, by_hand, environment, launched, wait_for
-from vlit.train.cluster.exit_codes import EXIT_CODES, EXIT_HANG, EXIT_RANK_LOST, is_worth_a_restart
+from vlit.train.cluster.exit_codes import EXIT_CODES, EXIT_HANG, EXIT_RANK_LOST
 from vlit.train.cluster.hang_report import culprits, hang_report
 from vlit.train.cluster.peers import Peer
 from vlit.train.cluster.watchdog import Watchdog
@@ -60,7 +60,6 @@ def test_exit_codes_are_distinct_and_the_page_lists_them_all() -> None:
     assert {int(row.split("|")[1]): row.split("|")[2].strip() for row in rows} == {
         code: what for code, (what, _) in EXIT_CODES.items()
     }
-    assert [code for code in EXIT_CODES if is_worth_a_restart(code)] == [69, 75, 130, 137, 138, 143]
 
 
 def test_a_phase_costs_microseconds() -> None:
@@ -75,8 +74,7 @@ def test_a_phase_costs_microseconds() -> None:
 def test_no_limit_means_no_thread() -> None:
     with Watchdog(ALONE, None) as dog:
         dog.phase("forward", 1)
-        with dog.paused("validation"):
-            pass
+        dog.phase("validation", allow_s=1.0)
         assert dog._threads == []
 
 
@@ -174,7 +172,7 @@ def test_without_a_launcher_the_survivor_ends_with_its_own_code(tmp_path: Path) 
 
 def test_others_wait_for_a_rank_that_may_take_its_time(tmp_path: Path) -> None:
     """Rank 0 waits in a collective for three times the limit, while rank 1 validates."""
-    with launched(tmp_path, STEPS, str(tmp_path), "paused", "1.5") as run:
+    with launched(tmp_path, STEPS, str(tmp_path), "allowed", "1.5") as run:
         codes, stderr = run.wait(limit_s=90)
         assert codes == [0], stderr
         assert "hang" not in stderr

@@ -34,11 +34,6 @@ EXIT_CODES: dict[int, tuple[str, str]] = {
 """Code -> (what happened, what to do)."""
 
 
-def is_worth_a_restart(code: int) -> bool:
-    """Whether the same command would go on from the newest checkpoint rather than fail again at the same place."""
-    return code in (EXIT_RANK_LOST, EXIT_HANG) or code > 128
-
-
 class RankLostError(Exception):
     """Another process of the run is gone. Carries the exit code that the command line ends with."""
 

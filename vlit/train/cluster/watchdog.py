@@ -86,16 +86,6 @@ class Watchdog:
         now = time.monotonic()
         self._phase = Phase(before.number + 1, name, before.step if step is None else step, collective, limit, now)
 
-    @contextmanager
-    def paused(self, name: str) -> Iterator[None]:
-        """A phase of any length (loading, validation, compilation); afterwards the one before begins anew."""
-        before = self._phase
-        self.phase(name, allow_s=math.inf)
-        try:
-            yield
-        finally:
-            self.phase(before.name, before.step, collective=before.collective, allow_s=before.limit_s)
-
     def __enter__(self) -> Watchdog:
         if self.timeout_s is None:
             return self
