@@ -13,7 +13,11 @@ COLOURS = {"vlit": "#0b6e4f", "transformers": "#b8b8b8", "trl": "#d8a25e"}
 
 def draw_all(measurements: Path = DOCS / "measurements", pictures: Path = DOCS / "img") -> list[Path]:
     """Draw every picture whose measurement is there; returns the files written. FileNotFoundError when none is."""
-    drawings = {"train_step.json": ("train_step.svg", train_step), "scaling.json": ("scaling.svg", scaling)}
+    drawings = {
+        "train_step.json": ("train_step.svg", train_step),
+        "scaling.json": ("scaling.svg", scaling),
+        "data_ablation.json": ("data_ablation.svg", data_ablation),
+    }
     pictures.mkdir(parents=True, exist_ok=True)
     written = []
     for source, (name, draw) in drawings.items():
@@ -80,6 +84,31 @@ def scaling(result: dict[str, Any], path: Path) -> None:
         axes.tick_params(labelsize=7)
         axes.legend(frameon=False, fontsize=7)
     _save(figure, panels[0], path)
+
+
+def data_ablation(rows: dict[str, Any], path: Path) -> None:
+    """What the card says about each set on the axis that was tampered with, against what a model trained on it can do."""
+    pyplot = _pyplot()
+    clean = rows["clean"]
+    panels = {
+        "correctness": ("share of claims that agree", [n for n in rows if n == "clean" or n.startswith("wrong")]),
+        "duplicates": ("share of duplicates", [n for n in rows if n == "clean" or n.startswith("duplicates")]),
+        "templates": ("effective question templates", [n for n in rows if n == "clean" or n.startswith("one-")]),
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8, 2.9), sharey=True)
+    for panel, (key, (label, names)) in zip(axes, panels.items(), strict=True):
+        for name in names:
+            row = rows[name]
+            for score in row["accuracy"]:
+                panel.plot(row[key], 100 * score, "o", color=COLOURS["vlit" if row is clean else "trl"], markersize=5)
+            mean = 100 * sum(row["accuracy"]) / len(row["accuracy"])
+            panel.annotate(name, (row[key], mean), (5, 4), textcoords="offset points", fontsize=7)
+        panel.set_xlabel(label, fontsize=8)
+        panel.margins(x=0.25)
+        panel.tick_params(labelsize=7)
+    axes[0].set_ylabel("held-out accuracy, %", fontsize=8)
+    axes[0].set_ylim(0, 100)
+    _save(figure, axes[0], path)
 
 
 def _pyplot() -> Any:

@@ -198,6 +198,8 @@ def test_two_recipes_share_one_budget_by_the_servers_count(world: WorldPaths, tm
         (["recipes=null"], "recipes"),
         (["recipes.quality={type: llava}"], 'recipes: "quality" cannot be the name of a folder here'),
         (["recipe=llava"], "recipe"),
+        (["annotations=[README.md]"], "README.md: not a COCO file"),
+        (["annotations=[nowhere.json]"], "nowhere.json: cannot be read"),
         (["recipes.llava.typ=3"], "types_per_image"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 
 from vlit.data.record import from_json
-from vlit.serve.quality import measure_quality
+from vlit.serve.quality import measure_quality, metrics_of
 from vlit.serve.synth import confirm, show_report
 from vlit.synth.engine.build import annotation_sources, build
 from vlit.synth.engine.settings import BuildConfig
@@ -30,13 +30,15 @@ def synth_build(settings: BuildConfig, *, yes: bool) -> Path | None:
     missing = not_measured(annotations=bool(sources), eval_texts=bool(texts), eval_images=bool(folders))
     parse_filters(quality.keep, missing=missing)
     confirm({name: settings.settings_of(name) for name in settings.recipes}, yes=yes)
+    kept = out / "train.jsonl"
+    for old in (kept, metrics_of(kept)):
+        old.unlink(missing_ok=True)  # of an earlier build: it must not be taken for this one's
     built = build(settings)
     for name, report in built.reports.items():
         print(f"-- {name}", file=sys.stderr)
         show_report(report, out / name)
     if built.records is None:
         return None
-    kept = out / "train.jsonl"
     measure_quality(
         built.dataset, images=Path(settings.images), annotations=sources, eval_texts=texts, eval_images=folders,
         out=out / "quality", keep=quality.keep, select=quality.select, write=kept,

@@ -34,7 +34,7 @@ class Built:
 
 
 def build(settings: BuildConfig, *, show: bool = True) -> Built:
-    """Build the world where one is named, run every recipe, and join what they made.
+    """Run every recipe, and join what they made; the world that the configuration may name is there already.
 
     The same call continues a build that was stopped in whatever way.
 
@@ -42,8 +42,6 @@ def build(settings: BuildConfig, *, show: bool = True) -> Built:
         BudgetExhausted: the rest does not fit into the budget, which all recipes share; what is done is kept.
         SynthError: too many requests failed in a row, or another process writes here.
     """
-    if settings.world is not None:
-        settings.world.build()
     dataset = Path(settings.out) / "dataset.jsonl"
     dataset.unlink(missing_ok=True)  # it would be taken for this build's until the last recipe is done
     reports = {name: run(settings.settings_of(name), show=show) for name in settings.recipes}

@@ -107,17 +107,22 @@ def read_views(annotations: Sequence[Path], images: Path) -> list[View]:
     ]
 
 
-def _read_file(path: Path, images: Path, held: dict[str, dict[str, Any]]) -> None:
+def _read_coco(path: Path) -> tuple[dict[Any, Any], list[Any], dict[Any, str]]:
+    """(pictures by id, annotations, category names by id) of a COCO file; DataError when it is none."""
     try:
         data = orjson.loads(path.read_bytes())
         pictures = {p["id"]: p for p in data["images"]}
-        rows, categories = data["annotations"], {c["id"]: str(c["name"]) for c in data.get("categories", [])}
+        return pictures, data["annotations"], {c["id"]: str(c["name"]) for c in data.get("categories", [])}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check --annotations.") from error
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: not a COCO file ({type(error).__name__}: {error}); it needs images and annotations."
         ) from error
+
+
+def _read_file(path: Path, images: Path, held: dict[str, dict[str, Any]]) -> None:
+    pictures, rows, categories = _read_coco(path)
     split = path.stem.split("_", 1)[-1]
     names: dict[Any, str] = {}
     for number, picture in pictures.items():
@@ -160,10 +165,10 @@ def _find_picture(images: Path, split: str, name: str, source: Path) -> str:
 
 def picture_prefix(path: Path, images: Path) -> str | None:
     """What stands before the file names of a COCO file with boxes in image paths (often nothing); None when it has no boxes."""
-    data = orjson.loads(path.read_bytes())
-    if not any("bbox" in row for row in data["annotations"][:1]):
+    pictures, rows, _ = _read_coco(path)
+    if not pictures or not any("bbox" in row for row in rows[:1]):
         return None
-    name = str(data["images"][0]["file_name"])
+    name = str(next(iter(pictures.values()))["file_name"])
     return _find_picture(images, path.stem.split("_", 1)[-1], name, path).removesuffix(name)
 
 
