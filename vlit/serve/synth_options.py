@@ -20,7 +20,8 @@ def add_engine_commands(command: AddCommand) -> None:
         sub = command(name, handler, summary)
         sub.add_argument("--config", type=Path, help="YAML file with the same keys; options and overrides go before it")
         sub.add_argument(
-            "--recipe", help="adapt, llava, minigpt4, mminstruct, stablellava, otter, judge, or a registered one"
+            "--recipe",
+            help="adapt, llava, minigpt4, mminstruct, stablellava, otter, expand, judge, or a registered one",
         )
         sub.add_argument(
             "--teacher", help="annotations (default: embedded, offline), openai, local, or a registered one"

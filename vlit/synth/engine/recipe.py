@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,21 @@ class RecipeConfig(ComponentConfig):
     def version(self, *files: str) -> str:
         """Cache version of a stage: the recipe's settings and the versions of its prompt files."""
         return content_hash([self.model_dump(mode="json"), *files])[:16]
+
+
+def items_of(records: Iterable[Record]) -> list[Item]:
+    """Finished records as items. An id that occurs again gets a number, since stages know items by their id."""
+    times: Counter[str] = Counter()
+    taken: set[str] = set()
+    items: list[Item] = []
+    for record in records:
+        identity = record.id
+        while identity in taken:
+            times[record.id] += 1
+            identity = f"{record.id}#{times[record.id] + 1}"
+        taken.add(identity)
+        items.append(to_json(record) | {"id": identity})
+    return items
 
 
 def needs_annotations(recipe: str, inputs: Inputs) -> None:

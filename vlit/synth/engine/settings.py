@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from vlit.config.component import ComponentConfig, component
+from vlit.config.component import component
 from vlit.config.load import apply_override, read_yaml
 from vlit.config.strict import Strict
 from vlit.errors import ConfigError
@@ -20,7 +20,7 @@ RESERVED = ("quality", ".", "..")
 class EngineSettings(Strict):
     """What every run of the data engine is told."""
 
-    teacher: component("teacher") = ComponentConfig(type="annotations")  # type: ignore[valid-type]
+    teacher: component("teacher") = {"type": "annotations"}  # type: ignore[valid-type]
     """Who answers text prompts. `annotations` is embedded: it answers from the annotations, without model and network."""
     vision_teacher: component("teacher") | None = None  # type: ignore[valid-type]
     """Who looks at pictures; null: the same as teacher."""
@@ -135,7 +135,7 @@ def read_settings(path: Path | None, given: dict[str, Any], overrides: Sequence[
         apply_override(data, override)
     load_plugins([str(name) for name in data.get("plugins") or []])
     try:
-        return SynthConfig.model_validate({"teacher": "annotations"} | data)
+        return SynthConfig.model_validate(data)
     except ValidationError as error:
         shown = str(path) if path else "vlit synth"
         raise ConfigError("\n".join(f"{shown}: {_explain(e)}" for e in error.errors())) from error

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from vlit.data.record import Record, from_json, read_records, to_json
+from vlit.data.record import Record, from_json, read_records
 from vlit.errors import ConfigError
 from vlit.registry import RECIPES
 from vlit.synth.engine.parse import Rejected, shorten, text_of
 from vlit.synth.engine.prompts import read_prompt
-from vlit.synth.engine.recipe import Inputs, RecipeConfig
+from vlit.synth.engine.recipe import Inputs, RecipeConfig, items_of
 from vlit.synth.engine.stages import AskEach, Item, Stage
 from vlit.synth.engine.teacher import Ask, Reply
 from vlit.types import IMAGE_PLACEHOLDER
@@ -38,7 +38,7 @@ class JudgeRecipe(RecipeConfig):
         """The records."""
         if not inputs.records:
             raise ConfigError("recipe judge: needs finished records. Give --records dataset.jsonl of an earlier run.")
-        return inputs.take([to_json(record) for path in inputs.records for record in read_records(path)])
+        return inputs.take(items_of(record for path in inputs.records for record in read_records(path)))
 
     def stages(self, inputs: Inputs) -> list[Stage]:
         prompt = read_prompt("judge/verdicts", own=self.prompts)

@@ -14,7 +14,7 @@ from pydantic import Field
 from vlit.data.record import Record, from_json, read_records, to_json
 from vlit.errors import ConfigError
 from vlit.registry import RECIPES
-from vlit.synth.engine.recipe import Inputs, RecipeConfig
+from vlit.synth.engine.recipe import Inputs, RecipeConfig, items_of
 from vlit.synth.engine.similarity import average_hashes, clip_features, neighbours, tfidf
 from vlit.synth.engine.stages import Item, Stage, Whole
 from vlit.types import Turn
@@ -38,7 +38,7 @@ class OtterRecipe(RecipeConfig):
         """The records with one picture."""
         if not inputs.records:
             raise ConfigError("recipe otter: needs finished records. Give --records dataset.jsonl of an earlier run.")
-        found = [to_json(record) for path in inputs.records for record in read_records(path) if len(record.images) == 1]
+        found = items_of(r for path in inputs.records for r in read_records(path) if len(r.images) == 1)
         if not found:
             raise ConfigError("recipe otter: no record with exactly one picture in the given files.")
         return inputs.take(found)
