@@ -101,8 +101,11 @@ def data_ablation(rows: dict[str, Any], path: Path) -> None:
             row = rows[name]
             for score in row["accuracy"]:
                 panel.plot(row[key], 100 * score, "o", color=COLOURS["vlit" if row is clean else "trl"], markersize=5)
-            mean = 100 * sum(row["accuracy"]) / len(row["accuracy"])
-            panel.annotate(name, (row[key], mean), (5, 4), textcoords="offset points", fontsize=7)
+            lowest = 100 * min(row["accuracy"])
+            place, side = ((0, 7), "center") if row is clean else ((0, -14), "center")
+            if key == "duplicates" and row is not clean:
+                place, side = (-7, -3), "right"
+            panel.annotate(name, (row[key], lowest), place, textcoords="offset points", ha=side, fontsize=7)
         panel.set_xlabel(label, fontsize=8)
         panel.margins(x=0.25)
         panel.tick_params(labelsize=7)
