@@ -5,13 +5,15 @@
 
 Every set is made from the built one and has as many records (repeating records where a fault leaves fewer), is measured by
 ``vlit synth quality``, and trains stage 2 for as many steps from the same aligned model; the model then answers the held-out
-*validation* questions. Runs that are finished are skipped, so the command can be stopped and started again.
+*validation* questions. ``p`` is that of a sign test against the clean set, paired by question and seed. Runs
+that are finished are skipped, so the command can be stopped and started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -154,7 +156,24 @@ def run_variant(
         kind: statistics.fmean(result["per_kind"][kind]["accuracy"] for result in scores)
         for kind in scores[0]["per_kind"]
     }
+    row["answers"] = [answers_of(folder / f"seed{seed}") for seed in range(seeds)]
     return row
+
+
+def answers_of(folder: Path) -> dict[str, bool]:
+    """Whether each validation question was answered rightly."""
+    lines = (folder / "evaluation" / "predictions.jsonl").read_bytes().splitlines()
+    return {row["question_id"]: bool(row["correct"]) for row in map(orjson.loads, lines)}
+
+
+def sign_test(ours: Sequence[dict[str, bool]], theirs: Sequence[dict[str, bool]]) -> float:
+    """Two-sided exact sign test over the questions that only one of two models got right, paired by question and seed."""
+    pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) for name in a]
+    wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    if wins == losses:
+        return 1.0
+    tail = sum(math.comb(wins + losses, n) for n in range(min(wins, losses) + 1))
+    return float(min(1.0, 2 * tail / 2 ** (wins + losses)))
 
 
 def score(folder: Path, data: Path, aligned: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -180,14 +199,14 @@ def score(folder: Path, data: Path, aligned: Path, seed: int, overrides: Sequenc
 def table(rows: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| set | what | correctness | duplicates | effective templates | quality | held-out accuracy, by seed |",
-        "|---|---|---|---|---|---|---|",
+        "| set | what | correctness | duplicates | effective templates | quality | held-out accuracy, by seed | mean | p |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         scores = " · ".join(f"{100 * value:.1f}" for value in row["accuracy"])
         lines.append(
             f"| {name} | {row['what']} | {row['correctness']:.3f} | {100 * row['duplicates']:.0f} % | {row['templates']:.1f} | "
-            f"{row['quality']:.3f} | {scores} |"
+            f"{row['quality']:.3f} | {scores} | {100 * statistics.fmean(row['accuracy']):.1f} | {row.get('p', '-')} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -196,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("outputs/build"))
     parser.add_argument("--out", type=Path, default=Path("outputs/data-ablation"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--only", help="comma-separated names of sets")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("overrides", nargs="*")
@@ -213,9 +232,14 @@ def main() -> None:
                 variant, records, args.out, images=world / "images", aligned=aligned, seeds=args.seeds,
                 annotations=[f"train/={world / 'annotations' / 'instances_train.json'}"], overrides=args.overrides,
             )  # fmt: skip
+            if variant.name != "clean" and "clean" in rows:
+                rows[variant.name]["p"] = float(
+                    f"{sign_test(rows['clean']['answers'], rows[variant.name]['answers']):.1e}"
+                )
             print(table(rows))
+            kept = {name: {k: v for k, v in row.items() if k != "answers"} for name, row in rows.items()}
             for path in [args.out / "data_ablation.json", *([args.json] if args.json else [])]:
-                path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             (args.out / "data_ablation.md").write_text(table(rows), encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from benchmarks.data_ablation import VARIANTS, Variant, first_wording, table, with_wrong_answers
+from benchmarks.data_ablation import VARIANTS, Variant, first_wording, sign_test, table, with_wrong_answers
 from tests.digits_truth import check_record, facts
 from vlit.data.record import Record, check, read_records
 from vlit.serve.build import synth_build
@@ -93,6 +93,17 @@ def test_every_set_has_as_many_valid_records_with_ids_of_their_own(
         assert list(questions) == ["<image>\nDescribe the picture in detail."]
 
 
+def test_the_sign_test_is_that_of_the_binomial_distribution() -> None:
+    from scipy.stats import binomtest
+
+    rng = Random(0)
+    ours, theirs = ([{str(n): rng.random() < share for n in range(80)} for _ in range(2)] for share in (0.6, 0.5))
+    pairs = [(a[k], b[k]) for a, b in zip(ours, theirs, strict=True) for k in a]
+    wins, losses = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    assert sign_test(ours, theirs) == pytest.approx(binomtest(wins, wins + losses).pvalue)
+    assert sign_test(ours, ours) == 1.0
+
+
 def test_the_table_shows_every_seed() -> None:
     row = {
         "what": "x",
@@ -102,4 +113,4 @@ def test_the_table_shows_every_seed() -> None:
         "quality": 0.1,
         "accuracy": [0.5, 0.75],
     }
-    assert "| a | x | 0.500 | 25 % | 3.0 | 0.100 | 50.0 · 75.0 |" in table({"a": row})
+    assert "| a | x | 0.500 | 25 % | 3.0 | 0.100 | 50.0 · 75.0 | 62.5 | - |" in table({"a": row})
