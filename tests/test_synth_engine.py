@@ -24,6 +24,7 @@ from vlit.synth.engine.parse import Pair, Rejected, check_answer, read_options, 
 from vlit.synth.engine.prompts import FOLDER, find, read_groups, read_list, read_prompt
 from vlit.synth.engine.settings import read_settings
 from vlit.synth.engine.similarity import average_hash, neighbours, tfidf
+from vlit.synth.engine.stages import JournalItems, Outcome, Select, SelectedItems, StageStore
 from vlit.synth.engine.teacher import Ask, Message, Reply, Teacher
 from vlit.synth.engine.views import Thing, View, read_views, views_of_folder
 from vlit.synth.teachers.openai import OpenAIConfig
@@ -321,3 +322,27 @@ def test_the_engine_loads_no_heavy_library_before_it_is_needed() -> None:
     code = f"import sys, vlit.serve.synth, vlit.synth.teachers.openai; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_a_stage_gave_is_read_again_from_its_journal_as_often_as_asked(tmp_path: Path) -> None:
+    store = StageStore(tmp_path, 1, "fill")
+    given = {
+        "a": [{"id": "a1", "n": 1}, {"id": "a2", "n": 2}],
+        "b": [],
+        "c": [{"id": "c1", "n": 3, "text": "é" * 70_000}],
+    }
+    for key, items in given.items():
+        store.put(key, key, Outcome(items))
+    found = JournalItems(store.path)
+    for key, place in (("c", 0), ("a", 1), ("a", 0)):
+        found.add(store.offset(key), place)
+    store.put("d", "d", Outcome([{"id": "d1"}]))
+    expected = [given["c"][0], given["a"][1], given["a"][0]]
+    assert len(found) == 3
+    assert list(found) == list(found) == expected
+    store.close()
+    first, second = iter(found), iter(found)
+    assert [next(first), next(second), next(first)] == [expected[0], expected[0], expected[1]]
+    odd = SelectedItems(Select("odd", ("n",), lambda c: [k for k, n in enumerate(c["n"]) if n % 2]), found)
+    assert len(odd) == 2
+    assert list(odd) == list(odd) == [given["c"][0], given["a"][0]]

@@ -15,7 +15,7 @@ from typing import Any
 from vlit.synth.engine.parse import Rejected
 from vlit.synth.engine.pipeline import build_teachers, inputs_of
 from vlit.synth.engine.settings import SynthConfig
-from vlit.synth.engine.stages import AskEach, Each, Item, unique
+from vlit.synth.engine.stages import AskEach, Each, Item, Select, SelectedItems, unique
 from vlit.synth.engine.teacher import Ask, Reply, Teacher
 
 REHEARSED = 64
@@ -94,6 +94,8 @@ def estimate(settings: SynthConfig) -> Estimate:
                 kept = _spread(items, REHEARSED)
                 scale *= len(items) / len(kept)
                 items = [made for item in kept for made in _made(stage, item)]
+            elif isinstance(stage, Select):
+                items = list(SelectedItems(stage, items))
             else:
                 items = stage.work(items)
             items = list(unique(items))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +30,14 @@ from vlit.synth.engine.settings import SynthConfig
 from vlit.synth.engine.stages import (
     AskEach,
     Item,
+    Items,
+    JournalItems,
     Outcome,
-    Stage,
+    Select,
+    SelectedItems,
     StageStore,
     Whole,
+    WorkStage,
     item_key,
     unique,
     work_on,
@@ -133,11 +137,15 @@ def run(settings: SynthConfig, *, show: bool = True) -> Report:
         clients = {role: Client(teacher, log, seed=settings.seed) for role, teacher in teachers.items()}
         if teachers["text"] is teachers["vision"]:
             clients["vision"] = clients["text"]
-        items: list[Item] = list(unique(settings.recipe.inputs(inputs)))
+        items: Items = list(unique(settings.recipe.inputs(inputs)))
         rejected: list[dict[str, Any]] = []
         report = Report([], log.totals)
         try:
             for number, stage in enumerate(settings.recipe.stages(inputs), start=1):
+                if isinstance(stage, Select):
+                    before, items = len(items), SelectedItems(stage, items)
+                    report.stages.append(StageCount(stage.name, before, len(items)))
+                    continue
                 runner = _StageRun(stage, StageStore(out, number, stage.name), clients, settings, show=show)
                 report.stages.append(runner.count)
                 items = runner.run(items, rejected)
@@ -175,56 +183,72 @@ class _StageRun:
     """One pass over the items of one stage."""
 
     def __init__(
-        self, stage: Stage, store: StageStore, clients: dict[str, Client], settings: SynthConfig, *, show: bool
+        self,
+        stage: WorkStage,
+        store: StageStore,
+        clients: dict[str, Client],
+        settings: SynthConfig,
+        *,
+        show: bool,
     ) -> None:
         self.stage, self.store, self.clients, self.settings, self.show = stage, store, clients, settings, show
         self.count = StageCount(stage.name)
         self._in_a_row = 0
 
-    def run(self, items: list[Item], rejected: list[dict[str, Any]]) -> list[Item]:
+    def run(self, items: Items, rejected: list[dict[str, Any]]) -> JournalItems:
         """The items for the next stage, in the order of the items that they came from."""
         self.count.items_in = len(items)
         try:
             if isinstance(self.stage, Whole):
-                keys = [item_key(self.stage, items, self.clients)]
+                held = list(items)
+                keys = [item_key(self.stage, held, self.clients)]
                 if keys[0] in self.store:
-                    self.count.reused = len(items)
+                    self.count.reused = len(held)
                 else:
-                    self.store.put(keys[0], "*", Outcome(self.stage.work(items)))
+                    self.store.put(keys[0], "*", Outcome(self.stage.work(held)))
             else:
                 keys = [item_key(self.stage, item, self.clients) for item in items]
                 self._work(items, keys)
-            found: list[Item] = []
-            for item, key in zip(items, keys, strict=False) if len(keys) == len(items) else [({"id": "*"}, keys[0])]:
-                outcome = self.store.get(key) if key in self.store else Outcome([])
-                found += outcome.items
-                if outcome.rejected:
-                    self.count.rejected[outcome.rejected.split(":")[0]] += 1
-                    rejected.append({"stage": self.stage.name, "id": item["id"], "reason": outcome.rejected})
-            kept = list(unique(found))
-            self.count.items_out = len(kept)
-            return kept
+            return self._gather(items, keys, rejected)
         finally:
             self.store.close()
 
-    def _work(self, items: list[Item], keys: list[str]) -> None:
-        todo = {key: item for key, item in zip(keys, items, strict=True) if key not in self.store}
-        self.count.reused = len(items) - len(todo)
-        if not todo:
+    def _gather(self, items: Items, keys: list[str], rejected: list[dict[str, Any]]) -> JournalItems:
+        """Where the outcomes stand; of items that share an id the first one counts."""
+        found, seen = JournalItems(self.store.path), set[str]()
+        names: Iterable[str] = ["*"] if isinstance(self.stage, Whole) else (item["id"] for item in items)
+        for name, key in zip(names, keys, strict=True):
+            if key not in self.store:
+                continue
+            outcome = self.store.get(key)
+            for place, item in enumerate(outcome.items):
+                if item["id"] not in seen:
+                    seen.add(item["id"])
+                    found.add(self.store.offset(key), place)
+            if outcome.rejected:
+                self.count.rejected[outcome.rejected.split(":")[0]] += 1
+                rejected.append({"stage": self.stage.name, "id": name, "reason": outcome.rejected})
+        self.count.items_out = len(found)
+        return found
+
+    def _work(self, items: Items, keys: list[str]) -> None:
+        missing = {key for key in keys if key not in self.store}
+        self.count.reused = sum(key not in missing for key in keys)
+        if not missing:
             return
+        todo = _first_of_each(missing, zip(keys, items, strict=True))
         is_asking = isinstance(self.stage, AskEach)
         threads = self.clients[self.stage.role].teacher.limits.concurrency if isinstance(self.stage, AskEach) else 1
-        with phase(f"synth {self.stage.name}", total=len(todo), unit="items", show=self.show) as report:
+        with phase(f"synth {self.stage.name}", total=len(missing), unit="items", show=self.show) as report:
             if not is_asking:
-                for key, item in todo.items():
+                for key, item in todo:
                     self._done(key, item, work_on(self.stage, item, self.clients))  # type: ignore[arg-type]
                     report(1)
                 return
-            waiting = iter(todo.items())
             flying: dict[Future[Outcome], tuple[str, Item]] = {}
             with ThreadPoolExecutor(threads, thread_name_prefix="teacher") as pool:
                 try:
-                    while self._submit(pool, waiting, flying, WINDOW * threads):
+                    while self._submit(pool, todo, flying, WINDOW * threads):
                         finished, _ = wait(flying, return_when=FIRST_COMPLETED)
                         for future in finished:
                             self._settle(future, *flying.pop(future))
@@ -268,3 +292,12 @@ class _StageRun:
         for future, (key, item) in flying.items():
             if not future.cancelled() and future.exception() is None:
                 self._done(key, item, future.result())
+
+
+def _first_of_each(wanted: set[str], pairs: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, Item]]:
+    """The first item of every wanted key."""
+    left = set(wanted)
+    for key, item in pairs:
+        if key in left:
+            left.discard(key)
+            yield key, item

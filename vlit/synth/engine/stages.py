@@ -6,10 +6,14 @@ only what is new: after a kill, with more pictures, or after a change of one pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import orjson
 
 from vlit.synth.engine.client import Client
 from vlit.synth.engine.journal import Journal
@@ -55,7 +59,75 @@ class Whole:
     work: Callable[[list[Item]], list[Item]]
 
 
-Stage = Each | AskEach | Whole
+@dataclass(frozen=True)
+class Select:
+    """Keeps some of all items, told by their ids and a few more fields, so that the items need not be held. Pure and seeded.
+
+    ``choose`` gets a list for each field, in the order of the items, and returns the numbers of those to keep.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    choose: Callable[[dict[str, list[Any]]], Iterable[int]]
+
+
+WorkStage = Each | AskEach | Whole
+"""Stages whose outcomes are kept in a journal."""
+Stage = WorkStage | Select
+
+
+class Items(Protocol):
+    """Items that can be gone through any number of times, and are read as they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+
+class JournalItems:
+    """What a stage gave, read from its journal: 16 bytes an item stay in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines, self._places = array("Q"), array("Q")
+
+    def add(self, offset: int, place: int) -> None:
+        """Append item number ``place`` of the outcome at ``offset``."""
+        self._lines.append(offset)
+        self._places.append(place)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[Item]:
+        with self._path.open("rb") as file:
+            held, out = -1, []
+            for offset, place in zip(self._lines, self._places, strict=True):
+                if offset != held:
+                    file.seek(offset)
+                    held, out = offset, orjson.loads(file.readline())["out"]
+                yield out[place]
+
+
+class SelectedItems:
+    """Some of other items, in their order."""
+
+    def __init__(self, stage: Select, items: Items) -> None:
+        self._items = items
+        columns: dict[str, list[Any]] = {name: [] for name in stage.fields}
+        for item in items:
+            for name, column in columns.items():
+                value = item.get(name)
+                column.append(sys.intern(value) if isinstance(value, str) else value)
+        self._kept = bytearray(len(items))
+        for number in stage.choose(columns):
+            self._kept[number] = 1
+
+    def __len__(self) -> int:
+        return sum(self._kept)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for item, kept in zip(self._items, self._kept, strict=True) if kept)
 
 
 @dataclass(frozen=True)
@@ -81,6 +153,15 @@ class StageStore:
         row = {"key": key, "id": item_id, "out": outcome.items}
         self._offsets[key] = self._journal.append(row | ({"rejected": outcome.rejected} if outcome.rejected else {}))
 
+    def offset(self, key: str) -> int:
+        """Where the outcome of an item stands."""
+        return self._offsets[key]
+
+    @property
+    def path(self) -> Path:
+        """The journal's file."""
+        return self._journal.path
+
     def get(self, key: str) -> Outcome:
         """What was stored."""
         row = self._journal.read(self._offsets[key])
@@ -96,7 +177,7 @@ def stage_file(folder: Path, number: int, name: str) -> Path:
     return folder / "stages" / f"{number:02d}-{name}.jsonl"
 
 
-def item_key(stage: Stage, item: Any, clients: dict[str, Client]) -> str:
+def item_key(stage: WorkStage, item: Any, clients: dict[str, Client]) -> str:
     """Cache key of one item in one stage."""
     teacher = clients[stage.role].teacher.identity() if isinstance(stage, AskEach) else None
     draws = stage.draws if isinstance(stage, AskEach) else None
@@ -127,7 +208,7 @@ def work_on(stage: Each | AskEach, item: Item, clients: dict[str, Client]) -> Ou
     return Outcome([], reason)
 
 
-def unique(items: Sequence[Item]) -> Iterator[Item]:
+def unique(items: Iterable[Item]) -> Iterator[Item]:
     """Items by id; a second item of an id is dropped, so that a record is there once whatever the stages gave."""
     seen: set[str] = set()
     for item in items:

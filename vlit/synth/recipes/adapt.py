@@ -21,7 +21,7 @@ from vlit.synth.engine.embedded import alone, relation
 from vlit.synth.engine.parse import LETTERS
 from vlit.synth.engine.prompts import read_list
 from vlit.synth.engine.recipe import Inputs, RecipeConfig, needs_annotations, random_for, record_item
-from vlit.synth.engine.stages import Each, Item, Stage, Whole
+from vlit.synth.engine.stages import Each, Item, Select, Stage
 from vlit.synth.engine.views import Thing, View
 
 MIN_INSTRUCTIONS = 5
@@ -151,14 +151,16 @@ class AdaptRecipe(RecipeConfig):
             made = (self._record(task, lists[task], View.of(item), item["others"], inputs.seed) for task in self.tasks)
             return [record for record in made if record is not None]
 
-        def limit(items: list[Item]) -> list[Item]:
-            kept: set[str] = set()
+        def limit(columns: dict[str, list[str]]) -> set[int]:
+            kept: set[int] = set()
             for task in self.tasks:
-                ids = [item["id"] for item in items if item["kind"] == task]
-                kept.update(random_for(inputs.seed, "limit", task).sample(ids, min(len(ids), self.max_per_task)))
-            return [item for item in items if item["id"] in kept]
+                numbers = [number for number, kind in enumerate(columns["kind"]) if kind == task]
+                kept.update(
+                    random_for(inputs.seed, "limit", task).sample(numbers, min(len(numbers), self.max_per_task))
+                )
+            return kept
 
-        return [Each("fill", version, fill), Whole("limit", version, limit)]
+        return [Each("fill", version, fill), Select("limit", ("kind",), limit)]
 
     def _record(
         self, task: str, written: tuple[list[str], str], view: View, names: list[str], seed: int
