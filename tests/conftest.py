@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,11 @@ WHOLE_RUNS = {
     "test_strategies", "test_watchdog",
 }  # fmt: skip
 """Test modules that start torchrun, launchers or fresh processes again and again: ``make test-slow``."""
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    # shells start background jobs with Ctrl-C ignored, and the commands under test would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -146,7 +146,6 @@ def test_the_command_builds_and_then_serves_the_review_of_what_is_kept(world: Wo
     child = subprocess.Popen(
         [*command, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         assert child.stdout is not None

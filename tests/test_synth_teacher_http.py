@@ -145,10 +145,7 @@ def test_interrupted_with_ctrl_c_what_is_in_flight_is_kept_and_nothing_is_paid_t
         raw = settings(server, coco(tmp_path / "data", 150), out)
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
         command = [sys.executable, "-m", "vlit.cli", "synth", "run", "--config", str(tmp_path / "run.yaml"), "--yes"]
-        child = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-        )  # fmt: skip
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while server.accounts.requests < 40 and child.poll() is None:
             time.sleep(0.002)
         child.send_signal(signal.SIGINT)
