@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.teacher_server import running
 from vlit.data.formats.llava import LlavaFormat
-from vlit.data.record import Record, read_records
+from vlit.data.record import Record, read_records, write_records
 from vlit.errors import ConfigError
 from vlit.synth.digits.world import WorldPaths, ensure_world
 from vlit.synth.engine.estimate import estimate
@@ -26,6 +26,7 @@ from vlit.synth.engine.settings import SynthConfig, read_settings
 from vlit.synth.generators.digits import DigitsGenerator, digits_of_prompt
 from vlit.synth.recipes.minigpt4 import rule_filter
 from vlit.synth.recipes.mminstruct import check_pair
+from vlit.types import Turn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -252,6 +253,17 @@ def test_in_context_sets_put_similar_records_of_other_pictures_first(world: Worl
             assert len(set(record.images)) == 3
             assert {e.kind for e in examples} == {own.kind}
             assert record.turns[-len(own.turns) :] == own.turns
+
+
+def test_in_context_sets_say_which_records_they_cannot_use(
+    world: WorldPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _ = made(world, tmp_path / "base", "llava")
+    text = Record("text", (Turn("user", "Two and two?"), Turn("assistant", "Four.")))
+    write_records(tmp_path / "mixed.jsonl", [*base, text])
+    given = {"recipe": "otter", "records": [str(tmp_path / "mixed.jsonl")], "images": str(world.images)}
+    run(read_settings(None, given | {"out": str(tmp_path / "out")}), show=False)
+    assert f"1 of {len(base) + 1} records have no picture or several; left out" in capsys.readouterr().err
 
 
 def test_the_same_run_gives_the_same_bytes_and_more_inputs_keep_those_before(world: WorldPaths, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ For every record the most similar others of the same kind are found, by the text
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -38,9 +39,15 @@ class OtterRecipe(RecipeConfig):
         """The records with one picture."""
         if not inputs.records:
             raise ConfigError("recipe otter: needs finished records. Give --records dataset.jsonl of an earlier run.")
-        found = items_of(r for path in inputs.records for r in read_records(path) if len(r.images) == 1)
+        records = [record for path in inputs.records for record in read_records(path)]
+        found = items_of(record for record in records if len(record.images) == 1)
         if not found:
             raise ConfigError("recipe otter: no record with exactly one picture in the given files.")
+        if len(found) < len(records):
+            print(
+                f"synth: {len(records) - len(found)} of {len(records)} records have no picture or several; left out",
+                file=sys.stderr,
+            )
         return inputs.take(found)
 
     def stages(self, inputs: Inputs) -> list[Stage]:
