@@ -116,7 +116,7 @@ VARIANTS = (
     *(
         Variant(
             f"wrong-{p}", f"{p} % of the answers wrong", lambda r, rng, p=p: with_wrong_answers(r, rng, share=p / 100)
-        )  # type: ignore[misc]
+        )
         for p in (10, 30, 50)
     ),
     Variant("duplicates-10", "a tenth of the records, ten times each", lambda r, rng: few_often(r, rng, share=0.1)),

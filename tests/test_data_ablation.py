@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.data_ablation import VARIANTS, Variant, first_wording, sign_test, table, with_wrong_answers
 from tests.digits_truth import check_record, facts
+from tests.small_world import small_world
 from vlit.data.record import Record, check, read_records
 from vlit.serve.build import synth_build
-from vlit.synth.digits.world import ensure_world
 from vlit.synth.engine.settings import read_build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,9 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Record]]:
     folder = tmp_path_factory.mktemp("ablation")
-    world = ensure_world(
-        folder / "world", train_images=150, validation_images=1, test_images=4, questions_per_kind=1, progress=False
-    )
+    world = small_world(folder, train=150, test=4)
     words = [
         "world=null", f"out={folder / 'out'}", f"images={world.images}", "quality.eval_images=[]",
         f"annotations=[{world.root / 'annotations' / 'instances_train.json'}]",

@@ -21,7 +21,7 @@ def ask(name: str, image: str | None, *pairs: tuple[str, str], mark_last: bool =
         if number == 0 and image is not None:
             question = f"{question}\n<image>" if mark_last else f"<image>\n{question}"
         turns += [Turn("user", question), Turn("assistant", answer)]
-    return Record(name, tuple(turns), () if image is None else (image,), **fields)  # type: ignore[arg-type]
+    return Record(name, tuple(turns), () if image is None else (image,), **fields)
 
 
 def exchanges(record: Record) -> list[tuple[str, str, str]]:

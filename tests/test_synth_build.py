@@ -17,13 +17,14 @@ import pytest
 import yaml
 
 from tests.digits_truth import asked_truth, check_record, facts, holds
+from tests.small_world import small_world
 from tests.teacher_server import running
 from vlit.cli import main
 from vlit.data.record import read_records
 from vlit.errors import ConfigError, DataError
 from vlit.registry import TEACHERS
 from vlit.serve.build import synth_build
-from vlit.synth.digits.world import WorldPaths, ensure_world
+from vlit.synth.digits.world import WorldPaths
 from vlit.synth.engine.calls import NANO, BudgetExhausted
 from vlit.synth.engine.parse import Pair, Rejected
 from vlit.synth.engine.settings import BuildConfig, read_build
@@ -37,10 +38,7 @@ TYPES = {"conversation", "detail", "reasoning", "judgement", "choice", "short", 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> WorldPaths:
-    return ensure_world(
-        tmp_path_factory.mktemp("build") / "world", train_images=120, validation_images=1, test_images=12,
-        questions_per_kind=1, progress=False,
-    )  # fmt: skip
+    return small_world(tmp_path_factory.mktemp("build"), train=120, test=12)
 
 
 def words_for(world: WorldPaths, out: Path) -> list[str]:
@@ -194,9 +192,9 @@ def test_two_recipes_share_one_budget_by_the_servers_count(world: WorldPaths, tm
     [
         (["quality.keep=[spotless]"], "spotless"),
         (["quality.keep=[uncontaminated]", "quality.eval_images=[]"], "is not measured"),
-        (["recipes=null"], "recipes"),
+        (["recipes=null"], "recipes: Input should be a valid dictionary"),
         (["recipes.quality={type: llava}"], 'recipes: "quality" cannot be the name of a folder here'),
-        (["recipe=llava"], "recipe"),
+        (["recipe=llava"], "yaml: recipe: unknown key. Known: annotations"),
         (["annotations=[README.md]"], "README.md: not a COCO file"),
         (["annotations=[nowhere.json]"], "nowhere.json: cannot be read"),
         (["recipes.llava.typ=3"], "types_per_image"),

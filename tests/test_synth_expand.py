@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.small_world import small_world
 from vlit.data.record import read_records
 from vlit.errors import ConfigError, DataError
 from vlit.serve.build import synth_build
-from vlit.synth.digits.world import ensure_world
 from vlit.synth.engine.pipeline import run
 from vlit.synth.engine.prompts import read_list
 from vlit.synth.engine.recipe import items_of
@@ -84,9 +84,7 @@ def test_a_bad_record_ends_it_with_its_place_and_the_way_out(tmp_path: Path) -> 
 
 
 def test_a_build_takes_new_and_old_questions_together(tmp_path: Path) -> None:
-    world = ensure_world(
-        tmp_path / "world", train_images=20, validation_images=1, test_images=1, questions_per_kind=1, progress=False
-    )
+    world = small_world(tmp_path, train=20)
     old = tmp_path / "old.json"
     rows = json.loads((world.root / "instruct_train.json").read_text())[:5]
     old.write_text(json.dumps(rows))

@@ -26,7 +26,7 @@ def dataset(folder: Path) -> list[Record]:
         Image.new("RGB", (4, 4), "red").save(folder / name)
 
     def said(*pairs: tuple[str, str]) -> tuple[Turn, ...]:
-        return tuple(Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))  # type: ignore[arg-type]
+        return tuple(Turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
 
     return [
         Record(

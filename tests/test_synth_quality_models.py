@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.small_world import small_world
 from tests.tiny_run import tiny_run
+from vlit.answer import Answerer
 from vlit.cli import main
 from vlit.data.collate import collate_samples
 from vlit.data.formats._base import BadRow, record_of, row_of, sample_of
@@ -22,7 +24,7 @@ from vlit.data.images import load_view, mean_colour
 from vlit.data.record import Record, read_records, write_records
 from vlit.serve.commands import load_answerer
 from vlit.synth.digits.instructions import read_captions
-from vlit.synth.digits.world import WorldPaths, ensure_world
+from vlit.synth.digits.world import WorldPaths
 from vlit.synth.quality.models import clip_scores, clip_texts, losses, spread
 from vlit.train.run import run_training
 from vlit.types import Turn
@@ -42,16 +44,17 @@ def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder / "out", source.parent
 
 
-def alone(model: torch.nn.Module, answerer: object, record: Record, root: Path, *, blank: bool) -> float:
+def alone(answerer: Answerer, record: Record, root: Path, *, blank: bool) -> float:
     """Mean loss of one record: all logits, torch's own cross-entropy, one row."""
-    sample = answerer.tokenizer.tokenize(sample_of(row_of(0, record), "x"))  # type: ignore[attr-defined]
-    views = [load_view(root / name, policy="pad", spec=model.spec) for name in record.images]  # type: ignore[attr-defined]
+    model = answerer.model
+    sample = answerer.tokenizer.tokenize(sample_of(row_of(0, record), "x"))
+    views = [load_view(root / name, policy="pad", spec=model.spec) for name in record.images]
     if blank:
-        colour = np.array(mean_colour(model.spec), np.uint8)[:, None, None]  # type: ignore[attr-defined]
+        colour = np.array(mean_colour(model.spec), np.uint8)[:, None, None]
         views = [np.broadcast_to(colour, view.shape) for view in views]
-    batch = collate_samples([sample], views, image_size=model.spec.image_size)  # type: ignore[attr-defined]
+    batch = collate_samples([sample], views, image_size=model.spec.image_size)
     with torch.no_grad():
-        logits = model.logits(batch)[batch.supervised_positions].float()  # type: ignore[operator]
+        logits = model.logits(batch)[batch.supervised_positions].float()
     return float(torch.nn.functional.cross_entropy(logits, batch.targets))
 
 
@@ -68,10 +71,10 @@ def test_losses_with_and_without_the_picture_are_those_of_each_record_alone(trai
     tolerance = 1e-4 if answerer.model.dtype == torch.float32 else 2e-2
     for number, record in enumerate(records[:-2]):
         assert record is not None
-        expected = alone(answerer.model, answerer, record, root, blank=False)
+        expected = alone(answerer, record, root, blank=False)
         assert found["loss"][number] == pytest.approx(expected, rel=tolerance)
         if record.images:
-            blind = alone(answerer.model, answerer, record, root, blank=True)
+            blind = alone(answerer, record, root, blank=True)
             assert found["loss_blind"][number] == pytest.approx(blind, rel=tolerance)
             assert found["gain"][number] == pytest.approx(blind - expected, abs=2 * tolerance * blind)
         else:
@@ -81,10 +84,7 @@ def test_losses_with_and_without_the_picture_are_those_of_each_record_alone(trai
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> WorldPaths:
-    return ensure_world(
-        tmp_path_factory.mktemp("clip") / "world", train_images=150, validation_images=1, test_images=1,
-        questions_per_kind=1, progress=False,
-    )  # fmt: skip
+    return small_world(tmp_path_factory.mktemp("clip"), train=150)
 
 
 def captioned(world: WorldPaths) -> list[Record]:

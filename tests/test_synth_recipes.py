@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.small_world import small_world
 from tests.teacher_server import running
 from vlit.data.formats.llava import LlavaFormat
 from vlit.data.record import Record, read_records, write_records
 from vlit.errors import ConfigError
-from vlit.synth.digits.world import WorldPaths, ensure_world
+from vlit.synth.digits.world import WorldPaths
 from vlit.synth.engine.estimate import estimate
 from vlit.synth.engine.parse import Pair, Rejected
 from vlit.synth.engine.pipeline import Report, run
@@ -33,10 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> WorldPaths:
-    return ensure_world(
-        tmp_path_factory.mktemp("synth") / "world", train_images=40, validation_images=1, test_images=1, questions_per_kind=1,
-        progress=False,
-    )  # fmt: skip
+    return small_world(tmp_path_factory.mktemp("synth"), train=40)
 
 
 def settings(world: WorldPaths, out: Path, recipe: str, *overrides: str) -> SynthConfig:

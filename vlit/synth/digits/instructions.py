@@ -42,7 +42,7 @@ def read_things(path: Path) -> dict[str, tuple[Thing, ...]]:
     data = json.loads(path.read_text(encoding="utf-8"))
     images = {image["id"]: image for image in data["images"]}
     names = {category["id"]: category["name"] for category in data["categories"]}
-    placed: dict[int, list[tuple[int, Thing]]] = {image_id: [] for image_id in images}
+    seen: dict[int, list[tuple[str, str, float, float]]] = {image_id: [] for image_id in images}
     for box in data["annotations"]:
         image, name, colour = (
             images.get(box["image_id"]),
@@ -55,14 +55,21 @@ def read_things(path: Path) -> dict[str, tuple[Thing, ...]]:
                 "unknown picture, unknown category, or no attributes.color. Remove it or complete the file."
             )
         x, y, width, height = box["bbox"]
-        right, low = x + width / 2 >= image["width"] / 2, y + height / 2 >= image["height"] / 2
-        position = f"{'bottom' if low else 'top'}-{'right' if right else 'left'}"
-        placed[box["image_id"]].append((2 * low + right, Thing(name, colour, position)))
+        seen[box["image_id"]].append(
+            (name, colour, (x + width / 2) / image["width"], (y + height / 2) / image["height"])
+        )
     split = path.stem.removeprefix("instances_")
-    return {
-        f"{split}/{images[image_id]['file_name']}": tuple(thing for _, thing in sorted(rows, key=lambda row: row[0]))
-        for image_id, rows in placed.items()
-    }
+    return {f"{split}/{images[image_id]['file_name']}": in_reading_order(rows) for image_id, rows in seen.items()}
+
+
+def in_reading_order(rows: Iterable[tuple[str, str, float, float]]) -> tuple[Thing, ...]:
+    """Things of (digit, colour, x, y), x and y the middle as shares of the picture; the quadrant it lies in is the position."""
+    placed: list[tuple[int, Thing]] = []
+    for digit, colour, x, y in rows:
+        right, low = x >= 0.5, y >= 0.5
+        position = f"{'bottom' if low else 'top'}-{'right' if right else 'left'}"
+        placed.append((2 * low + right, Thing(digit, colour, position)))
+    return tuple(thing for _, thing in sorted(placed, key=lambda row: row[0]))
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:

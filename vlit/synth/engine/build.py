@@ -27,11 +27,6 @@ class Built:
     dataset: Path
     records: int | None
 
-    @property
-    def unanswered(self) -> int:
-        """Requests without an answer, over all recipes."""
-        return sum(report.unanswered for report in self.reports.values())
-
 
 def build(settings: BuildConfig, *, show: bool = True) -> Built:
     """Run every recipe, and join what they made; the world that the configuration may name is there already.

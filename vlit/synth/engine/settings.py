@@ -144,4 +144,4 @@ def read_settings(path: Path | None, given: dict[str, Any], overrides: Sequence[
 def _explain(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
     text = error["msg"]
-    return f"{place}{text}" if text.startswith(".") else f"{place}: {text}"
+    return f"{place}{text}".removeprefix(".") if text.startswith(".") else f"{place}: {text}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from vlit.errors import DataError
 from vlit.registry import TEACHERS
 from vlit.synth.digits import questions
-from vlit.synth.digits.instructions import converse
+from vlit.synth.digits.instructions import converse, in_reading_order
 from vlit.synth.digits.questions import FAMILIES, KINDS, Thing, Turn
 from vlit.synth.digits.scenes import COLOUR_NAMES
 from vlit.synth.engine.parse import Pair
@@ -71,7 +71,7 @@ def things_of(view: View) -> tuple[Thing, ...]:
     Raises:
         DataError: a box whose name is no digit, or that has no colour of the world.
     """
-    placed: list[tuple[int, Thing]] = []
+    seen: list[tuple[str, str, float, float]] = []
     for thing in view.things:
         colour = thing.attributes.get("color")
         if thing.name not in questions.DIGITS or colour not in COLOUR_NAMES:
@@ -79,10 +79,9 @@ def things_of(view: View) -> tuple[Thing, ...]:
                 f'teacher digits: picture "{view.image}" shows "{thing.phrase}"; it knows coloured digits only. Use the '
                 "teacher annotations for other pictures."
             )
-        right, low = thing.box[0] + thing.box[2] >= 1.0, thing.box[1] + thing.box[3] >= 1.0
-        place = f"{'bottom' if low else 'top'}-{'right' if right else 'left'}"
-        placed.append((2 * low + right, Thing(thing.name, colour, place)))
-    return tuple(thing for _, thing in sorted(placed, key=lambda row: row[0]))
+        x0, y0, x1, y1 = thing.box
+        seen.append((thing.name, colour, (x0 + x1) / 2, (y0 + y1) / 2))
+    return in_reading_order(seen)
 
 
 def _conversation(facts: dict[str, Any], rng: Random) -> str:
