@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import hashlib
 import os
 import random
 import socket
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -123,13 +127,39 @@ def start_ranks(runtime: RuntimeConfig) -> Ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks at it when it is imported
     if runtime.strategy.startswith("zero") and "RANK" not in os.environ:
         _pretend_torchrun()
+    first = not torch.distributed.is_initialized()
     state = PartialState(cpu=on_cpu)
+    if first and torch.distributed.is_initialized():
+        atexit.register(_leave_gloo)
     if on_cpu:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         torch.set_num_threads(runtime.num_threads or max(1, cores // local))
         keep_freed_memory()
     return Ranks(state=state, device=state.device, rank=state.process_index, world_size=state.num_processes)
+
+
+def _leave_gloo(patience_s: float = 10.0) -> None:
+    """Take the gloo groups down while Python still runs.
+
+    A gloo thread drops the tensors of the last collective some time after the collective returned. Where the interpreter has
+    begun to end by then, the thread finds no lock to take and the process aborts: exit code 134 in place of the run's own, in a
+    quarter of the starts that were refused on two ranks (pytorch/pytorch#179291).
+
+    Not for NCCL, whose groups can block here while another rank still is in a collective (pytorch/torchtitan#1342); nor for
+    longer than ``patience_s``, because a collective that was begun and never finished would be waited for.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_backend() != "gloo":
+        return
+
+    def leave() -> None:
+        torch.distributed.destroy_process_group()
+        gc.collect()  # a group that a dead cycle refers to keeps its threads
+
+    thread = threading.Thread(target=leave, name="vlit-leave-gloo", daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    time.sleep(0.1)  # a group that DeepSpeed still refers to: its threads need the interpreter's lock for a moment
 
 
 def _pretend_torchrun() -> None:
