@@ -78,6 +78,7 @@ def test_llava15_recipe_has_the_published_numbers() -> None:
     assert (instruct.lr, instruct.global_batch, instruct.epochs, instruct.schedule.warmup_ratio) == (2e-5, 128, 1, 0.03)
     assert (align.tuning.of("llm").mode, instruct.tuning.of("llm").mode) == ("frozen", "full")
     assert (run.data_for("align").image_policy, run.data_for("instruct").image_policy) == ("crop", "pad")
+    assert run.data.group_by_modality
     assert (run.data_for("align").template.type, run.data_for("instruct").template.type) == ("plain", "v1")
     assert run.model.encoder.model_dump()["path"] == "openai/clip-vit-large-patch14-336"
     lora = load_config(ROOT / "configs" / "recipes" / "llava15" / "7b-lora.yaml").stages["instruct"]

@@ -16,7 +16,7 @@ from tests.tiny_run import losses_of, metrics_of, tiny_run, write_dataset
 from vlit.config.schema import RunConfig
 from vlit.data.load import StepLoader
 from vlit.data.share import single
-from vlit.data.sharing import share_at_most
+from vlit.data.stage_order import share_at_most
 from vlit.data.tokenize import SampleTokenizer
 from vlit.models.assemble import model_spec
 from vlit.train.identity import open_mixture

@@ -76,6 +76,9 @@ class DataConfig(Strict):
     are those of separate records. `auto`: on, unless a trained part uses dropout, which shared tokens would draw once."""
     max_shared_records: Annotated[int, Field(ge=2)] = 8
     """Most records of one image that are brought together; the others of that image come elsewhere in the epoch."""
+    group_by_modality: bool = False
+    """Give every step records with images or records without, in random turns, as LLaVA's `group_by_modality_length` does.
+    A step of text runs no encoder; losses of the two kinds of steps differ, so the loss curve jumps."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Loader processes. `auto`: 0 for fewer than 4 cores, else up to 8; 0 loads in the training process."""
     cache_dir: str | None = None

@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from vlit.data.modality import by_modality
 from vlit.data.shuffle import permutation, stream_key
 from vlit.errors import DataError
 
@@ -28,7 +29,7 @@ class Sized(Protocol):
 
     def image_groups(self) -> np.ndarray:
         """int64 [len]: equal for records whose first image is the same file, negative for records without an image.
-        Asked only when images are shared.
+        Asked only when images are shared or steps have one modality.
         """
         ...
 
@@ -48,9 +49,12 @@ class Mixture(Generic[S]):
         seed: the run's seed.
         share_at_most: bring up to this many records of one image together, so that they can share it (1: none). The
             records of an image with more are spread over the epoch in several such groups.
+        modality_step: records of a step, to give every step records with images or records without (None: as they come).
     """
 
-    def __init__(self, sources: Sequence[S], seed: int, *, share_at_most: int = 1) -> None:
+    def __init__(
+        self, sources: Sequence[S], seed: int, *, share_at_most: int = 1, modality_step: int | None = None
+    ) -> None:
         if not sources:
             raise DataError("the mixture has no source. List at least one under data:.")
         names = [source.name for source in sources]
@@ -60,6 +64,7 @@ class Mixture(Generic[S]):
         self.sources = list(sources)
         self.seed = seed
         self.share_at_most = share_at_most
+        self.modality_step = modality_step
         total = sum(len(source) for source in sources)
         self.counts = [
             max(1, round(source.weight * len(source) if source.share is None else source.share * total))
@@ -82,6 +87,10 @@ class Mixture(Generic[S]):
             order = entries[permutation(len(entries), stream_key(self.seed, "order", epoch))]
             if self.share_at_most > 1:
                 order = order[self._together(order)]
+            if self.modality_step is not None:
+                begin, key = epoch * len(order), stream_key(self.seed, "modality", epoch)
+                places = by_modality(self._images(order) >= 0, begin=begin, step=self.modality_step, key=key)
+                order = order[places]
             self._epochs = {held: self._epochs[held] for held in sorted(self._epochs)[-1:]}
             self._epochs[epoch] = order
         return order
@@ -93,12 +102,7 @@ class Mixture(Generic[S]):
         where its smallest entry stands, which the shuffle decides alike for long and short runs. Copies of a record (weight
         above 1) go to different runs.
         """
-        sources, records = order >> _RECORD_BITS, order & ((1 << _RECORD_BITS) - 1)
-        image = np.full(len(order), -1, np.int64)
-        for number, source in enumerate(self.sources):
-            own = sources == number
-            groups = source.image_groups()[records[own]]
-            image[own] = np.where(groups < 0, -1, groups | (number << _RECORD_BITS))
+        image = self._images(order)
         alone = image < 0
         image[alone] = -1 - np.flatnonzero(alone)
         copy = _occurrence(order)
@@ -110,6 +114,16 @@ class Mixture(Generic[S]):
         target = np.empty(len(order), np.int64)
         target[by_run] = leader
         return np.argsort(target, kind="stable")
+
+    def _images(self, order: np.ndarray) -> np.ndarray:
+        """int64 [n]: the first image of each record of an order, negative where it has none."""
+        sources, records = order >> _RECORD_BITS, order & ((1 << _RECORD_BITS) - 1)
+        image = np.full(len(order), -1, np.int64)
+        for number, source in enumerate(self.sources):
+            own = sources == number
+            groups = source.image_groups()[records[own]]
+            image[own] = np.where(groups < 0, -1, groups | (number << _RECORD_BITS))
+        return image
 
     def _chosen(self, number: int, epoch: int) -> np.ndarray:
         source, count = self.sources[number], self.counts[number]

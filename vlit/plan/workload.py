@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from vlit.config.schema import RunConfig
-from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
 from vlit.data.share import Tree, share_prefixes, single
-from vlit.data.sharing import share_at_most
 from vlit.data.source import open_source
+from vlit.data.stage_order import stage_mixture
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import ConfigError, DataError
 from vlit.kernels.attention import make_segments
@@ -157,7 +156,7 @@ def _sampled(run: RunConfig, stage: str, spec: ModelSpec) -> Workload:
     sources = [
         open_source(source, data=data, seed=run.seed, quarantine_path=None, progress=False) for source in config.data
     ]
-    mixture = Mixture(sources, seed=run.seed, share_at_most=share_at_most(run, stage)[0])
+    mixture = stage_mixture(run, stage, sources)
     tokenizer = SampleTokenizer(spec, data)
     count = min(run.data.check_samples, mixture.records_per_epoch)
     steps: dict[int, list[tuple[TokenizedSample, list[str]]]] = {}

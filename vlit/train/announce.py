@@ -9,7 +9,7 @@ from typing import Any
 
 from vlit.config.schema import RunConfig
 from vlit.data.check import check_supervision
-from vlit.data.sharing import share_at_most
+from vlit.data.stage_order import share_at_most
 from vlit.data.tokenize import SampleTokenizer
 from vlit.durable import replace_file
 from vlit.models.tuning import rows_as_dicts

@@ -10,8 +10,8 @@ import torch
 from vlit.config.schema import RunConfig
 from vlit.data.doctor.manifest import manifest_of
 from vlit.data.mixture import Mixture
-from vlit.data.sharing import share_at_most
 from vlit.data.source import RecordSource, open_source
+from vlit.data.stage_order import stage_mixture
 
 FREE = ("validation", "checkpoint", "max_non_finite_steps")
 """Settings of a stage that do not change what it computes; nothing under ``runtime`` but the precision does either."""
@@ -33,7 +33,7 @@ def open_mixture(run: RunConfig, stage: str, *, progress: bool) -> Mixture[Recor
         )
         for source in run.stages[stage].data
     ]
-    return Mixture(sources, seed=run.seed, share_at_most=share_at_most(run, stage)[0])
+    return stage_mixture(run, stage, sources)
 
 
 def stage_identity(
@@ -49,6 +49,7 @@ def stage_identity(
         "model": run.model.model_dump(mode="json"),
         "tokenizer": tokenizer,
         "share_at_most": mixture.share_at_most,
+        "modality_step": mixture.modality_step,
         "data": {k: data[k] for k in ("template", "image_policy", "exact_pixels", "max_tokens", "on_bad_sample")},
         "stage": config,
         "seed": run.seed,

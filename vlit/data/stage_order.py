@@ -1,8 +1,17 @@
-"""Whether a stage computes shared images once, and why not."""
+"""How a stage orders its records: whether it computes shared images once, and why not; whether steps have one modality."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlit.config.schema import RunConfig
+from vlit.data.mixture import Mixture, S
+
+
+def stage_mixture(run: RunConfig, stage: str, sources: Sequence[S]) -> Mixture[S]:
+    """The stage's opened sources as the stream that it trains on."""
+    step = run.stages[stage].global_batch if run.data_for(stage).group_by_modality else None
+    return Mixture(sources, seed=run.seed, share_at_most=share_at_most(run, stage)[0], modality_step=step)
 
 
 def share_at_most(run: RunConfig, stage: str) -> tuple[int, str | None]:
