@@ -43,6 +43,7 @@ class Setting:
     precision: str = "fp32"
     bound: float = 1e-5  # largest relative difference of any step's loss
     more: tuple[str, ...] = ()
+    decoder: str = "llama"
 
     def overrides(self, strategy: str) -> tuple[str, ...]:
         return (
@@ -60,6 +61,7 @@ SETTINGS = (
     Setting("frozen encoder, LoRA, recomputed", "frozen", LORA, "full"),
     Setting("trained encoder, full, recomputed in part", FULL, FULL, "selective"),
     Setting("trained encoder, LoRA", FULL, LORA, "none"),
+    Setting("4 bits, LoRA", "frozen", LORA, "none", more=("model.llm.quantize=4bit",), decoder="llama_wide"),
     # sums of rounded gradients in another order; a step changes the loss by one to ten per cent
     Setting("bf16, trained encoder, full", FULL, FULL, "none", "bf16", 5e-3),
 )
@@ -68,6 +70,7 @@ REST = (
     Setting("frozen encoder, LoRA", "frozen", LORA, "none"),
     Setting("trained encoder, full", FULL, FULL, "none"),
     Setting("trained encoder, LoRA, recomputed", FULL, LORA, "full"),
+    Setting("8 bits, LoRA, recomputed", FULL, LORA, "full", more=("model.llm.quantize=8bit",), decoder="llama_wide"),
     Setting("bf16, frozen encoder, LoRA", "frozen", LORA, "full", "bf16", 5e-3),
     Setting(
         "trained encoder, full, Q-Former",
@@ -84,11 +87,13 @@ def train_all(settings: tuple[Setting, ...], tiny_dir: Path, out: Path) -> dict[
     """(setting, strategy) -> loss of every step; the strategy of the run on one rank is ``none``."""
     losses: dict[tuple[str, str], list[float]] = {}
     for number, setting in enumerate(settings):
-        run = tiny_run(tiny_dir, out / f"{number}-none", *setting.overrides("none"))
+        run = tiny_run(tiny_dir, out / f"{number}-none", *setting.overrides("none"), llm=setting.decoder)
         run_training(run)
         losses[setting.name, "none"] = [loss for _, _, loss in losses_of(run)]
     cases = {
-        (setting.name, strategy): Case(out / f"{number}-{strategy}", setting.overrides(strategy))
+        (setting.name, strategy): Case(
+            out / f"{number}-{strategy}", setting.overrides(strategy), options=(("llm", setting.decoder),)
+        )
         for number, setting in enumerate(settings)
         for strategy in SHARED
     }

@@ -204,6 +204,7 @@ def _llm_model(kind: str, vocab_size: int) -> nn.Module:
     window = {"sliding_window": 512}
     configs: dict[str, Any] = {
         "llama": lambda: hf.LlamaConfig(**base),
+        "llama_wide": lambda: hf.LlamaConfig(**base | {"intermediate_size": 128}),  # 4 bit works on blocks of 64
         "llama_gqa": lambda: hf.LlamaConfig(**gqa),
         "llama_tied": lambda: hf.LlamaConfig(**base | {"tie_word_embeddings": True}),
         "mistral": lambda: hf.MistralConfig(**gqa, sliding_window=None),
@@ -221,7 +222,7 @@ def _llm_model(kind: str, vocab_size: int) -> nn.Module:
 
 
 def build_llm(kind: str, folder: Path, *, vocab_size: int = VOCAB_SIZE) -> Path:
-    """Write a tiny causal LM of ``kind`` (one of LLM_KINDS) with a real byte-level BPE tokenizer; return ``folder``."""
+    """Write a tiny causal LM (one of LLM_KINDS, or ``llama_wide``) with a real byte-level BPE tokenizer; return ``folder``."""
     folder = Path(folder)
     if _complete(folder):
         return folder

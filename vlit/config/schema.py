@@ -330,10 +330,6 @@ class RunConfig(Strict):
         mode = getattr(self.model.llm, "quantize", "none")
         if mode == "none":
             return self
-        if self.runtime.strategy == "zero3":
-            raise ValueError(
-                f"runtime.strategy: zero3 cuts weights, which model.llm.quantize {mode} has packed. Use zero2 or ddp"
-            )
         adapters: dict[str, PartTuning] = {}
         for name, stage in self.stages.items():
             for part in ("llm", "embeddings"):

@@ -46,7 +46,44 @@ def original_of(model: nn.Module, name: str) -> Tensor | Original:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether any linear layer in ``module`` has been quantised."""
-    return any(isinstance(getattr(m, "original", None), Original) for m in module.modules())
+    return bool(packed_layers(module))
+
+
+def packed_layers(module: nn.Module) -> list[nn.Module]:
+    """The quantised linear layers in ``module``, in its order."""
+    return [m for m in module.modules() if isinstance(getattr(m, "original", None), Original)]
+
+
+def take_packed(layer: nn.Module) -> dict[str, Tensor]:
+    """Take a quantised layer's weight out of it, as plain tensors; :func:`give_packed` is the way back."""
+    held: Any = layer
+    weight = held.weight
+    del held.weight
+    if _has_four_bits(layer):
+        held.quant_state = None
+        return {"weight": weight.data, **weight.quant_state.as_dict(packed=True)}
+    scales = weight.SCB if weight.SCB is not None else held.state.SCB
+    held.state.CB = held.state.SCB = None
+    return {"weight": weight.data, "scales": scales}
+
+
+def give_packed(layer: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Give a layer the weight that :func:`take_packed` took from one like it, on ``device``, as an attribute.
+
+    It is no parameter of the module any more, so whoever moves, casts or cuts a model's parameters leaves its bytes alone.
+    """
+    bnb = _bitsandbytes()
+    packed, rest = tensors["weight"], {name: value for name, value in tensors.items() if name != "weight"}
+    if _has_four_bits(layer):
+        weight = bnb.nn.Params4bit.from_prequantized(packed, rest, device=device, module=layer)
+    else:
+        packed = packed.to(device)
+        weight = bnb.nn.Int8Params(packed, requires_grad=False, CB=packed, SCB=rest["scales"].to(device))
+    object.__setattr__(layer, "weight", weight)
+
+
+def _has_four_bits(layer: nn.Module) -> bool:
+    return isinstance(layer, _bitsandbytes().nn.Linear4bit)
 
 
 def quantise_decoder(hf: Any, mode: Mode, *, dtype: torch.dtype) -> None:

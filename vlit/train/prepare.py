@@ -40,7 +40,7 @@ def model_of_stage(
     """The stage's model, tuned as it asks, on this rank's device: whole, or under ``zero3`` this rank's share of it.
 
     Under ``zero3`` rank 0 reads the weights into host memory and hands them out module by module; the others never hold
-    more than one module. Otherwise every rank reads for itself.
+    more than one module, but for quantised weights, which stay whole. Otherwise every rank reads for itself.
     """
     started = time.perf_counter()
 
@@ -55,10 +55,13 @@ def model_of_stage(
     if strategy == "zero3":
         from vlit.train.zero.config import deepspeed_config
         from vlit.train.zero.engine import import_deepspeed
-        from vlit.train.zero.shards import shard, share_structure
+        from vlit.train.zero.shards import PackedWeights, shard, share_structure
 
         import_deepspeed().init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
-        tuned = share_structure(ranks.on_main(load), ranks)
+        loaded = ranks.on_main(load)
+        packed = PackedWeights(loaded.model if loaded is not None else None)
+        tuned = share_structure(loaded, ranks)
+        packed.spread(tuned.model, ranks)
         shard(tuned.model, ranks, deepspeed_config(run.runtime, dtype, on_cpu=ranks.device.type == "cpu"))
     else:
         tuned = load()

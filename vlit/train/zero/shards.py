@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlit.models.quantize import give_packed, packed_layers, take_packed
 from vlit.train.distributed import Ranks
 
 
@@ -79,6 +80,23 @@ def shard(model: nn.Module, ranks: Ranks, config: dict[str, Any]) -> None:
                 holder.register_parameter(str(number), getattr(module, name))
             dtype = next(iter(own.values())).dtype
             zero.Init(module=holder, config_dict_or_path=config, dtype=dtype, mem_efficient_linear=False)
+
+
+class PackedWeights:
+    """A decoder's quantised weights, which ZeRO-3 leaves whole: every rank holds all of them, and DeepSpeed sees none.
+
+    Made on rank 0 before the structure is shared (``model`` is None elsewhere), so that they do not travel with it.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        layers = [] if model is None else packed_layers(model)
+        self._taken = [take_packed(layer) for layer in layers]
+
+    def spread(self, model: nn.Module, ranks: Ranks) -> None:
+        """Give every rank's ``model`` the weights, one layer after the other."""
+        self._taken.reverse()
+        for layer in packed_layers(model):
+            give_packed(layer, ranks.share(self._taken.pop() if ranks.is_main else None), ranks.device)
 
 
 def gathered(model: nn.Module, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
