@@ -22,7 +22,7 @@ from vlit.config.schema import ModelConfig, PartTuning, TuningConfig
 from vlit.errors import ConfigError, ModelError
 from vlit.models.artifact import load_model
 from vlit.models.assemble import VisionLanguageModel, build_model
-from vlit.models.quantize import is_quantised
+from vlit.models.quantize import is_quantised, packed_layers, packed_tensors
 from vlit.models.tuning import apply_tuning, merge_lora, table_of_parts
 
 MODES = ("8bit", "4bit")
@@ -103,6 +103,21 @@ def test_a_quantised_decoder_says_nearly_the_same_in_less_memory(
     layer: Any = quantised.llm.trunk.get_submodule("layers.0.mlp.down_proj")
     used = layer.weight.numel() * layer.weight.element_size()
     assert used * 8 <= bits * 128 * 64
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_keeps_the_weights_that_were_quantised(tiny_dir: Path, mode: str) -> None:
+    """A fingerprint's sample once was a view of the whole weight, so nothing was saved at all."""
+    model = built(tiny_dir, mode, dtype=torch.bfloat16)
+    for layer in packed_layers(model):
+        size = layer.in_features * layer.out_features * 2
+        held = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in packed_tensors(layer)
+        }
+        assert sum(held.values()) < 0.6 * size
+        assert layer.original.sample.untyped_storage().nbytes() <= 2 * 8191
+        assert layer.original.sample.untyped_storage().data_ptr() not in held
 
 
 @needs_bitsandbytes

@@ -34,7 +34,10 @@ class Original(NamedTuple):
 def sample_of(tensor: Tensor) -> Tensor:
     """Up to 4096 evenly spaced values (8191 at most), rounded to bf16, as int16 on the CPU."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 4096)].to(torch.bfloat16).view(torch.int16).cpu()
+    values = flat[:: max(1, flat.numel() // 4096)].to(
+        torch.bfloat16, copy=True
+    )  # a view would keep the whole weight alive
+    return values.view(torch.int16).cpu()
 
 
 def original_of(model: nn.Module, name: str) -> Tensor | Original:
@@ -54,17 +57,27 @@ def packed_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(getattr(m, "original", None), Original)]
 
 
+def packed_tensors(layer: nn.Module) -> list[Tensor]:
+    """What a quantised layer holds for its weight: the packed values and their scales."""
+    held: Any = layer
+    if _has_four_bits(layer):
+        state = held.weight.quant_state
+        return [held.weight, state.absmax, state.state2.absmax]
+    return [held.weight, held.weight.SCB if held.weight.SCB is not None else held.state.SCB]
+
+
 def take_packed(layer: nn.Module) -> dict[str, Tensor]:
     """Take a quantised layer's weight out of it, as plain tensors; :func:`give_packed` is the way back."""
     held: Any = layer
     weight = held.weight
-    del held.weight
     if _has_four_bits(layer):
         held.quant_state = None
-        return {"weight": weight.data, **weight.quant_state.as_dict(packed=True)}
-    scales = weight.SCB if weight.SCB is not None else held.state.SCB
-    held.state.CB = held.state.SCB = None
-    return {"weight": weight.data, "scales": scales}
+        taken = {"weight": weight.data, **weight.quant_state.as_dict(packed=True)}
+    else:
+        taken = {"weight": weight.data, "scales": packed_tensors(layer)[1]}
+        held.state.CB = held.state.SCB = None
+    del held.weight
+    return taken
 
 
 def give_packed(layer: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
@@ -120,13 +133,16 @@ def _quantised(bnb: Any, layer: nn.Linear, mode: Mode, dtype: torch.dtype) -> nn
         new.support_avx512bf16_for_cpu = False  # would repack the weights in place at the first forward without a graph
     else:
         fresh = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    new.weight = fresh.to("cpu")
+    new.weight = fresh._quantize(weight.device)  # .to() would not on the meta device, where memory is planned
     new.bias = layer.bias
-    new.original = Original(weight.shape, sample_of(weight))
+    new.original = Original(weight.shape, torch.empty(0) if weight.is_meta else sample_of(weight))
     return new.requires_grad_(False).train(layer.training)
 
 
 def _bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+        logging.ERROR
+    )  # a faster kernel that inference might use
     try:
         import bitsandbytes
     except ImportError as error:

@@ -80,6 +80,7 @@ def train_step(
             phase("backward", collective=engine.lockstep)
             engine.backward(loss.total / labels, last=number == len(rows) - 1)
         by_source.index_add_(0, source_of_target, _with_count(loss.per_position))
+        del loss  # with its graph, in which bitsandbytes keeps activations
     phase("reduce", collective=True)
     if batch.micro_batches:
         norms = engine.norms()
