@@ -35,7 +35,7 @@ import torch
 from benchmarks import timing
 from benchmarks.models import Size, model_config, text_config, vision_config
 from benchmarks.systems.worker import forget_peak, peak_memory_mb, resident_mb
-from vlit.config.schema import OptimizerConfig, RuntimeConfig, TuningConfig
+from vlit.config.schema import ModelConfig, OptimizerConfig, RuntimeConfig, TuningConfig
 from vlit.data.collate import collate_samples
 from vlit.kernels.planning import Kind
 from vlit.models.assemble import build_empty_model, build_model
@@ -65,6 +65,11 @@ class MemoryCase:
     recompute: str = "none"
     dtype: str = "bfloat16"
     rows: tuple[tuple[int, int, int], ...] = ((8, 200, 1), (8, 200, 1))
+    quantize: str = "none"
+
+    def model(self, folder: Path) -> ModelConfig:
+        """The assembled model whose parts are in ``folder``."""
+        return model_config(folder / "clip", folder / "llama", quantize=self.quantize)
 
 
 CASES = (
@@ -79,6 +84,9 @@ CASES = (
     MemoryCase("align, fp32", SMALL, ALIGN, dtype="float32", rows=((24, 80, 1), (24, 80, 1))),
     MemoryCase("LoRA", WIDE, LORA),
     MemoryCase("LoRA, selective recomputation", WIDE, LORA, "selective"),
+    MemoryCase("LoRA on 4 bits", WIDE, LORA, quantize="4bit"),
+    MemoryCase("LoRA on 4 bits, full recomputation", WIDE, LORA, "full", quantize="4bit"),
+    MemoryCase("LoRA on 8 bits, selective recomputation", WIDE, LORA, "selective", quantize="8bit"),
     MemoryCase("vision too, selective recomputation", WIDE, WHOLE, "selective"),
     MemoryCase("vocabulary 96,000", BIG_VOCABULARY, INSTRUCT, "full", rows=((12, 200, 1), (12, 200, 1))),
     MemoryCase("one row a step", WIDE, INSTRUCT, rows=((8, 200, 1),)),
@@ -116,8 +124,7 @@ def predict(case: MemoryCase, *, kind: Kind = "cpu") -> Executed:
     tokens = case.size.image_tokens
     with tempfile.TemporaryDirectory() as root:
         write_shape(case, Path(root))
-        config = model_config(Path(root) / "clip", Path(root) / "llama")
-        model = build_empty_model(config, dtype=getattr(torch, case.dtype))
+        model = build_empty_model(case.model(Path(root)), dtype=getattr(torch, case.dtype))
     tune(model, TuningConfig.model_validate(case.tuning))
     records, text, images = max(case.rows, key=lambda row: row[0] * (row[1] + row[2] * tokens))
     row = [Packed((text + images * tokens,), images, text // 2)] * records
@@ -154,7 +161,7 @@ def train(case: MemoryCase, folder: Path, *, threads: int) -> dict[str, float]:
     ranks = start_ranks(RuntimeConfig(device="cpu", num_threads=threads))
     rows = [make_row(case.size, *row, seed=number) for number, row in enumerate(case.rows)]
     before = _settled()
-    model = build_model(model_config(folder / "clip", folder / "llama"), dtype=getattr(torch, case.dtype))
+    model = build_model(case.model(folder), dtype=getattr(torch, case.dtype))
     tuning = TuningConfig.model_validate(case.tuning)
     apply_tuning(model, tuning)
     engine = ReplicatedEngine(model, tuning=tuning, lr=1e-4, config=OptimizerConfig(), ranks=ranks)

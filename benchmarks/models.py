@@ -76,13 +76,13 @@ def text_config(size: Size) -> Any:
     )  # fmt: skip
 
 
-def model_config(vision: Path, llm: Path) -> ModelConfig:
+def model_config(vision: Path, llm: Path, *, quantize: str = "none") -> ModelConfig:
     """vlit's configuration of the assembled model: features of the last block but one, as LLaVA takes them."""
     return ModelConfig.model_validate(
         {
             "encoder": {"type": "hf", "path": str(vision), "feature_layer": -2, "cls": "drop"},
             "connector": {"type": "mlp", "depth": 2},
-            "llm": {"type": "hf", "path": str(llm)},
+            "llm": {"type": "hf", "path": str(llm), "quantize": quantize},
         }
     )
 

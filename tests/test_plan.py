@@ -32,6 +32,7 @@ from vlit.plan.workload import Assumed
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs" / "recipes" / "llava15" / "7b.yaml"
 SIZE = Size(112, 14, 256, 3, 4, 512, 3, 8, 1376, 8192)
+WIDE = replace(SIZE, width=1024, ff=2816)  # 4 bit works on blocks of 64
 TWO_ROWS = ((8, 160, 1), (8, 160, 1))
 CASES = (
     bench.MemoryCase("frozen, none, bf16", SIZE, bench.ALIGN, rows=((24, 40, 1),) * 2),
@@ -42,6 +43,8 @@ CASES = (
                      rows=TWO_ROWS),
     bench.MemoryCase("full, selective, fp32, one row", SIZE, bench.INSTRUCT, "selective", "float32", ((16, 160, 1),)),
     bench.MemoryCase("LoRA, none, bf16", SIZE, bench.LORA, rows=TWO_ROWS),
+    bench.MemoryCase("LoRA on 4 bits, selective, bf16", WIDE, bench.LORA, "selective", rows=TWO_ROWS, quantize="4bit"),
+    bench.MemoryCase("LoRA on 8 bits, none, bf16", WIDE, bench.LORA, rows=TWO_ROWS, quantize="8bit"),
     bench.MemoryCase("vision too, selective, bf16", SIZE, bench.WHOLE, "selective", rows=((24, 20, 2),) * 2),
 )  # fmt: skip
 
@@ -126,6 +129,25 @@ def test_the_published_recipe_is_planned_without_weights_and_data(published: Run
     assert instruct.load.mean("tokens") == pytest.approx(224 + 0.939 * 576, abs=2)
     whole = memory(instruct.judge.executed(8192, "full", 2), instruct.parameters, published.cluster, "ddp")
     assert not whole.fits(published.cluster)  # 16 bytes a weight on every GPU
+
+
+def test_packed_weights_count_as_what_they_take_and_no_strategy_divides_them(published: RunPlan) -> None:
+    """32 x (4 x 4096² + 3 x 4096 x 11008) values of LLaMA-7B: half a byte each, one for 64 of them, four for 64 x 256."""
+    pytest.importorskip("bitsandbytes")
+    raw = merge(read_yaml(RECIPE.with_name("7b-lora.yaml")), {"model": {"llm": {"quantize": "4bit"}}})
+    lora = merge(read_yaml(RECIPE), {key: value for key, value in raw.items() if key != "extends"})
+    (stage,) = plan_run(validate_config(lora, name="qlora"), published.cluster, only="instruct").stages
+    values = 6_476_005_376
+    assert stage.parameters.packed_bytes == pytest.approx(values * (1 / 2 + 1 / 64 + 4 / (64 * 256)), rel=1e-6)
+    assert stage.parts["llm"][2] == 6_476_271_616
+    executed = stage.judge.executed(4096, "full", 2)
+    loose = 2 * (stage.parameters.trained + stage.parameters.frozen)
+    whole, cut = (
+        memory(executed, stage.parameters, published.cluster, way).components["weights"] for way in ("ddp", "zero3")
+    )
+    assert whole == pytest.approx(stage.parameters.packed_bytes + loose, rel=0.01)
+    assert cut == loose // 8 + stage.parameters.packed_bytes
+    assert memory(executed, stage.parameters, Cluster(DEVICES["RTX4090"], 1), "none").total < 24e9
 
 
 def test_a_proposal_fits_and_is_a_configuration(published: RunPlan) -> None:

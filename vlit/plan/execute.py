@@ -7,6 +7,7 @@ arithmetic is left out. What several processes divide is computed from this in :
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from vlit.errors import ModelError
 from vlit.kernels.attention import Backend
 from vlit.kernels.planning import Kind, planned_for
 from vlit.models.assemble import VisionLanguageModel
+from vlit.models.quantize import packed_layers, packed_tensors
 from vlit.models.tuning import apply_tuning, has_lora, part_of_parameters
+from vlit.plan.packed import packed_products
 from vlit.plan.sdpa import fused_attention
 from vlit.plan.trace import MemoryTrace, Peak
 from vlit.plan.workspace import ANSWERS, workspace
@@ -70,12 +73,14 @@ def execute(
     trace = MemoryTrace(lambda *call: workspace(kind, *call), ANSWERS)
     trace.hold(model.parameters(), "weights")
     trace.hold(model.buffers(), "weights")
+    trace.hold((tensor for layer in packed_layers(model) for tensor in packed_tensors(layer)), "weights")
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: trace.hold([_grad(p)], "gradients")) for p in trained.values()
     ]
     parts = part_of_parameters(model)
     try:
-        with planned_for(kind), trace, fused_attention(kind):
+        products = packed_products(kind) if packed_layers(model) else nullcontext()
+        with planned_for(kind), trace, fused_attention(kind), products:
             step = _Update(trained, parts, optimizer, trace)
             if sums:
                 step.make_sums()

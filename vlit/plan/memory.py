@@ -42,13 +42,14 @@ MARGIN = 0.10
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Sizes that dividing depends on; counts of values, not bytes."""
+    """Sizes that dividing depends on; counts of values, but for those with ``bytes`` in their name."""
 
     trained: int
-    frozen: int
+    frozen: int  # without packed weights
     largest_gathered: int  # values of the largest module that zero3 gathers at once
     bytes_each: int  # 2 in bf16, 4 in fp32
     state_bytes: int = 8  # a trained value's optimizer states: 8 (AdamW), 4 (Muon)
+    packed_bytes: int = 0  # a quantised decoder's weights, which no strategy divides
 
     @property
     def weights(self) -> int:
@@ -101,7 +102,7 @@ def memory(
         found["gradients"] = GRADIENT_BYTES * trained // (1 if strategy == "zero1" else ranks)
         buckets = 2 * min(REDUCE_BUCKET, trained) * GRADIENT_BYTES
         if strategy == "zero3":
-            found["weights"] = parameters.weights // ranks
+            found["weights"] = parameters.weights // ranks + parameters.packed_bytes
             everything = parameters.trained + parameters.frozen
             gathered = min(max(parameters.largest_gathered + PREFETCH_BUCKET, LIVE_WEIGHTS), everything)
             found["gathered weights"] = gathered * size

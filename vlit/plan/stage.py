@@ -13,6 +13,7 @@ from torch import nn
 from vlit.config.schema import RunConfig
 from vlit.errors import ConfigError
 from vlit.models.assemble import VisionLanguageModel, build_empty_model, model_spec
+from vlit.models.quantize import original_of, packed_layers, packed_tensors
 from vlit.models.tuning import part_of_parameters
 from vlit.plan.cost import Checkpoints, Work, checkpoints, work
 from vlit.plan.execute import Executed, execute, tune
@@ -123,7 +124,8 @@ def plan_stage(
     longest = max(item.tokens for step in load.sampled for item in step)
     largest = max(longest, round(2 * load.mean("tokens") * config.global_batch / ranks))
     choices = tuple(candidates(ranks, longest, largest, muon=config.optimizer.type == "muon"))
-    changed = sum(p.numel() for n, p in model.named_parameters() if _written(part_of_parameters(model)[n], config))
+    part_of = part_of_parameters(model)
+    changed = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad or _written(part_of[n], config))
     return StagePlan(
         name, _parts(model, config), load, effort, parameters, configured, prefer(configured, propose(judge, choices), cluster),
         checkpoints(parameters, changed, cluster), max(0, (load.steps - 1) // config.checkpoint.every_steps), judge, choices,
@@ -164,33 +166,40 @@ def _configured(run: RunConfig, name: str, ranks: int) -> Choice:
 
 def parameters_of(model: VisionLanguageModel, optimizer: str) -> Parameters:
     """What dividing the model depends on."""
-    every = list(model.named_parameters())
+    packed = [tensor for layer in packed_layers(model) for tensor in packed_tensors(layer)]
+    apart = {id(tensor) for tensor in packed}
+    every = [(name, p) for name, p in model.named_parameters() if id(p) not in apart]
     trained = sum(p.numel() for _, p in every if p.requires_grad)
-    leaves = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.llm.layers]
+
+    def cut(module: nn.Module, *, recurse: bool) -> int:
+        return sum(p.numel() for p in module.parameters(recurse) if id(p) not in apart)
+
+    leaves, blocks = [cut(m, recurse=False) for m in model.modules()], [cut(b, recurse=True) for b in model.llm.layers]
     states = 8
     if optimizer == "muon":
         parts = part_of_parameters(model)
         muon = sum(p.numel() for n, p in every if p.requires_grad and p.ndim == 2 and parts[n] != "embeddings")
         states = round((4 * muon + 8 * (trained - muon)) / trained)
     return Parameters(
-        trained, sum(p.numel() for _, p in every) - trained, max([*leaves, *blocks]), every[0][1].element_size(), states
-    )
+        trained, sum(p.numel() for _, p in every) - trained, max([*leaves, *blocks]), every[0][1].element_size(), states,
+        sum(tensor.nbytes for tensor in packed),
+    )  # fmt: skip
 
 
 def _parts(model: VisionLanguageModel, config: Any) -> dict[str, tuple[str, int, int]]:
     found: dict[str, tuple[str, int, int]] = {}
     parts = part_of_parameters(model)
     for part in PARTS:
-        own: list[nn.Parameter] = [p for n, p in model.named_parameters() if parts[n] == part]
+        own = {n: p for n, p in model.named_parameters() if parts[n] == part}
         if own:
-            trained = sum(p.numel() for p in own if p.requires_grad)
-            found[part] = (config.tuning.of(part).mode, trained, sum(p.numel() for p in own) - trained)
+            trained = sum(p.numel() for p in own.values() if p.requires_grad)
+            whole = sum(original_of(model, n).numel() for n in own)
+            found[part] = (config.tuning.of(part).mode, trained, whole - trained)
     return found
 
 
 def _written(part: str, config: Any) -> bool:
-    """Whether the model folder holds the part: the connector always, the language model whole once any of it was trained."""
+    """Whether the model folder holds the part whole: the connector always, the language model once any of it was trained."""
     if part in ("llm", "embeddings"):
         return any(config.tuning.of(p).mode == "full" for p in ("llm", "embeddings"))
     return part == "connector" or config.tuning.of(part).mode == "full"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlit.kernels.planning import Kind
+from vlit.plan.packed import PACKED_ANSWERS, workspace_of_packed
 
 
 def workspace(kind: Kind, operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -25,7 +26,7 @@ def workspace(kind: Kind, operator: str, args: tuple[Any, ...], kwargs: dict[str
         and args[0].dtype != args[1].dtype
     ):
         return int(args[0].nbytes)  # a CPU casts the smaller type first, a GPU while it adds
-    return 0
+    return workspace_of_packed(operator, args, result)
 
 
 def _alike(x: Any, *others: Any, **kwargs: Any) -> Tensor | None:
@@ -51,4 +52,5 @@ IN_PLACE = ("mul_.Tensor", "add_.Tensor", "copy_.default", "div_.Tensor", "zero_
 ANSWERS: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}": _alike for name in POINTWISE},
     **{f"aten.{name}": _same for name in IN_PLACE},
+    **PACKED_ANSWERS,
 }

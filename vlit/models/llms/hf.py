@@ -172,6 +172,7 @@ class HFLanguageModelConfig(LLMConfig):
                 self._config(), dtype=dtype, attn_implementation=register(), trust_remote_code=self.trust_remote_code
             )
         hf.config.use_cache = False
+        quantise_decoder(hf, self.quantize, dtype=dtype)
         return HFLanguageModel(hf)
 
     def _config(self) -> Any:
