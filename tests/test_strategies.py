@@ -60,7 +60,7 @@ SETTINGS = (
     Setting("frozen encoder, full", "frozen", FULL, "none"),
     Setting("frozen encoder, LoRA, recomputed", "frozen", LORA, "full"),
     Setting("trained encoder, full, recomputed in part", FULL, FULL, "selective"),
-    Setting("trained encoder, LoRA", FULL, LORA, "none"),
+    Setting("trained encoder, LoRA, steps of one modality", FULL, LORA, "none", more=("data.group_by_modality=true",)),
     Setting("4 bits, LoRA", "frozen", LORA, "none", more=("model.llm.quantize=4bit",), decoder="llama_wide"),
     # sums of rounded gradients in another order; a step changes the loss by one to ten per cent
     Setting("bf16, trained encoder, full", FULL, FULL, "none", "bf16", 5e-3),
