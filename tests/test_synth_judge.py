@@ -71,6 +71,36 @@ def test_verdicts_stay_with_their_records_and_become_a_metric(
     assert "A second teacher agrees with 77.8 %" in (folder / "card.html").read_text(encoding="utf-8")
 
 
+def test_the_judge_runs_from_the_command_line_and_its_estimate_is_what_it_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_records(tmp_path / "data.jsonl", dataset(tmp_path))
+    out = tmp_path / "out"
+    words = [
+        "--recipe",
+        "judge",
+        "--records",
+        str(tmp_path / "data.jsonl"),
+        "--images",
+        str(tmp_path),
+        "--out",
+        str(out),
+    ]
+    with running() as server:
+        words += ["--teacher", "openai", f"teacher.base_url={server.url}", "teacher.model=m"]
+        words += ["teacher.usd_per_million_in=1", "teacher.usd_per_million_out=4"]
+        assert main(["synth", "estimate", "--json", *words]) == 0
+        before = json.loads(capsys.readouterr().out)
+        assert server.accounts.requests == 0
+        assert main(["synth", "run", "--yes", *words]) == 0
+        assert [stage["requests"] for stage in before["stages"]] == [server.accounts.requests] == [3]
+    shown = capsys.readouterr().err
+    assert "judge     3 requests" in shown
+    assert "(3 records)" in shown
+    assert [record.provenance["judge"]["agree"] for record in read_records(out / "dataset.jsonl")] == [1, 1, 1]
+    assert json.loads((out / "report.json").read_text())["cost_usd"] <= before["most_usd"]
+
+
 def test_the_judge_sees_questions_and_answers_in_order() -> None:
     record = Record(
         "x", (Turn("system", "Be brief."), Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."), Turn("user", "Why?"),

@@ -331,3 +331,15 @@ def test_a_model_on_this_machine_is_a_teacher_too(world: WorldPaths, tmp_path: P
     report = run(settings(world, tmp_path / "out", "llava", *overrides, f"recipe.prompts={own.parent}"), show=False)
     assert report.totals.replies >= 3
     assert report.stages[-1].items_in == 3
+
+
+def test_records_say_who_wrote_them_and_under_which_licence_their_picture_is(world: WorldPaths, tmp_path: Path) -> None:
+    records, _ = made(world, tmp_path / "run", "llava", "max_items=5")
+    assert {(r.provenance["teacher"], r.provenance["license"]) for r in records} == {("annotations", "CC BY 4.0")}
+    adapted, _ = made(world, tmp_path / "adapt", "adapt", "max_items=5")
+    assert all("teacher" not in record.provenance for record in adapted), "nobody was asked"
+    with running() as server:
+        words = (f"teacher.base_url={server.url}", "teacher.model=seer", "teacher.type=openai", "max_items=3")
+        judged = settings(world, tmp_path / "judge", "judge", f"records=[{tmp_path}/run/dataset.jsonl]", *words)
+        run(judged, show=False)
+    assert {r.provenance["teacher"] for r in read_records(tmp_path / "judge" / "dataset.jsonl")} == {"annotations"}

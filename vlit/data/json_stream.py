@@ -48,7 +48,7 @@ def iter_json_records(path: Path, *, advance: Callable[[int], object] | None = N
             else:
                 yield from _lines(file, path, advance)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path in data.path.") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
 
 
 def iter_json_members(path: Path) -> Iterator[tuple[str, int, bytes]]:
@@ -71,7 +71,7 @@ def iter_json_members(path: Path) -> Iterator[tuple[str, int, bytes]]:
                 value = after.lstrip(_WHITESPACE)[1:].lstrip(_WHITESPACE)
                 yield json.loads(element[: quotes[1] + 1]), offset + len(element) - len(value), value
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path in data.path.") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
 
 
 def _beginning(file: IO[bytes], path: Path) -> tuple[int, bytes]:

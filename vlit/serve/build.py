@@ -9,9 +9,11 @@ from pathlib import Path
 import orjson
 
 from vlit.data.record import from_json
+from vlit.errors import DataError
 from vlit.serve.quality import measure_quality, metrics_of
-from vlit.serve.synth import confirm, show_report
+from vlit.serve.synth import confirm, show_report, why_empty
 from vlit.synth.engine.build import annotation_sources, build
+from vlit.synth.engine.calls import NANO
 from vlit.synth.engine.settings import BuildConfig
 from vlit.synth.quality.filters import not_measured, parse_filters
 
@@ -39,9 +41,14 @@ def synth_build(settings: BuildConfig, *, yes: bool) -> Path | None:
         show_report(report, out / name)
     if built.records is None:
         return None
+    if not built.records:
+        raise DataError(
+            "\n".join(why_empty(settings.settings_of(name), built.reports[name]) for name in settings.recipes)
+        )
+    spent = max(report.totals.spent for report in built.reports.values()) / NANO  # all recipes share one log of calls
     measure_quality(
         built.dataset, images=Path(settings.images), annotations=sources, eval_texts=texts, eval_images=folders,
-        out=out / "quality", keep=quality.keep, select=quality.select, write=kept,
+        out=out / "quality", keep=quality.keep, select=quality.select, write=kept, cost_usd=spent or None,
     )  # fmt: skip
     print(table_of(built.dataset, kept), file=sys.stderr)
     return kept

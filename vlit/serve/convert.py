@@ -18,6 +18,7 @@ from vlit.data.join import join_turns
 from vlit.data.record import Record
 from vlit.data.source import QuarantineEntry, check_budget, write_quarantine
 from vlit.data.writers import write_llava, write_parquet
+from vlit.durable import make_folder
 from vlit.errors import ConfigError, DataError
 from vlit.registry import FORMATS
 
@@ -47,7 +48,8 @@ def convert(
         DataError: the dataset cannot be read, or has (too many) bad records; nothing is written.
     """
     reader = make_format(source_format, options)
-    root = images or (path if path.is_dir() else path.parent)
+    root = images or reader.image_root(path)
+    make_folder(out.parent)
     bad: list[BadRow] = []
     records = _good(reader, path, bad, quarantine=quarantine, budget=budget)
     if join is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -9,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from vlit.data.json_stream import iter_json_records
-from vlit.data.record import Record, from_json
-from vlit.errors import DataError
-from vlit.synth.quality.annotations import read_annotations
+from vlit.data.record import Record
+from vlit.errors import ConfigError, DataError
+from vlit.synth.quality.annotations import REGIONS
 from vlit.synth.quality.card import build_card, removal_report, write_card, write_columns, write_kept
-from vlit.synth.quality.filters import MEANING, NAMED, apply_filters, not_measured, parse_filters
+from vlit.synth.quality.filters import MEANING, NAMED, apply_filters, not_checked, not_measured, parse_filters
 from vlit.synth.quality.scan import Measured, cores, measure
 from vlit.synth.quality.select import select as choose
+from vlit.synth.quality.sources import match_annotations
+from vlit.synth.quality.text import read_record
 
 
 def measure_quality(
@@ -35,38 +37,55 @@ def measure_quality(
     workers: int | None = None,
     model: Path | None = None,
     clip: str | None = None,
+    cost_usd: float | None = None,
 ) -> dict[str, Any]:
     """Write ``card.json``, ``card.html``, ``metrics.parquet``; with filters ``kept.jsonl``, its metrics, ``removed.jsonl``.
 
+    Args:
+        cost_usd: what the whole dataset cost, where its records do not say.
+
     Raises:
-        ConfigError: a filter that does not exist, or whose metric this run does not measure.
-        DataError: a file cannot be read.
+        ConfigError: a filter that does not exist, or whose metric this run does not measure; a selection of nothing.
+        DataError: a file cannot be read or written, or something to compare with can find nothing in the dataset.
     """
     from vlit.serve.quality_page import build_page
 
+    if select is not None and select < 1:
+        raise ConfigError(f"--select {select}: keeps no record. Give the number of records to keep, 1 or more.")
+    root = image_folder(dataset, images)
     missing = not_measured(
         annotations=bool(annotations), eval_texts=bool(eval_texts), eval_images=bool(eval_images),
-        model=model is not None, clip=clip is not None,
+        images=root is not None, model=model is not None, clip=clip is not None,
     )  # fmt: skip
     rules = parse_filters(keep or [], missing=missing)
+    if clip is not None and not Path(clip).is_dir():
+        raise ConfigError(f"--clip {clip} is not a folder. Give a transformers CLIP folder on this machine.")
     out = out or dataset.with_name(dataset.name.removesuffix(".jsonl") + ".quality")
-    root = image_folder(dataset, images)
     if eval_images and root is None:
         raise DataError(f"{dataset}: --eval-images compares pictures; give the dataset's own with --images.")
-    out.mkdir(parents=True, exist_ok=True)
+    known, matched = match_annotations(dataset, annotations or [], images=root)
+    make_writable(out, "--out")
+    if write is not None:
+        make_writable(write.parent, f"--write {write}")
+        if write.is_dir():
+            raise DataError(f"--write {write}: a folder. Give a file for the records that are kept.")
     found = measure(
-        dataset, images=root, annotations=read_annotations(annotations or []), eval_texts=eval_texts,
-        eval_images=eval_images, workers=workers or cores(),
+        dataset, images=root, annotations=known, eval_texts=eval_texts, eval_images=eval_images,
+        workers=workers or cores(),
     )  # fmt: skip
     if model is not None or clip is not None:
         ask_models(found, root, model=model, clip=clip)
     card = build_card(found, peak_bytes=peak_memory())
+    card["correctness"]["pictures_of_annotations"] = matched
+    if cost_usd is not None:
+        card["cost_usd"] = cost_usd
+    card["not_checked"] = not_checked(keep or [], missing=missing)
     if rules or select is not None or write is not None:
         card["kept"] = keep_records(found, out, rules=rules, count=select, write=write or out / "kept.jsonl")
     write_columns(out / "metrics.parquet", found)
     write_card(out / "card.json", card)
     (out / "card.html").write_text(build_page(card, found, root=root), encoding="utf-8")
-    _say(card, out)
+    print("\n".join([*summary(card), f"card  {out / 'card.html'}"]), file=sys.stderr)
     return card
 
 
@@ -100,9 +119,7 @@ def ask_models(found: Measured, root: Path | None, *, model: Path | None, clip: 
 def readable_records(found: Measured) -> list[Record | None]:
     """The records of the dataset by row; None for those that cannot be read."""
     bad = {row for row, _ in found.tally.bad}
-    return [
-        None if row in bad else from_json(orjson.loads(raw)) for row, raw in enumerate(iter_json_records(found.path))
-    ]
+    return [None if row in bad else read_record(row, raw)[0] for row, raw in enumerate(iter_json_records(found.path))]
 
 
 def keep_records(found: Measured, out: Path, *, rules: list[Any], count: int | None, write: Path) -> dict[str, Any]:
@@ -139,6 +156,20 @@ def image_folder(dataset: Path, images: Path | None) -> Path | None:
     return beside if beside.is_dir() else None
 
 
+def make_writable(folder: Path, option: str) -> None:
+    """Make a folder that files are written to later.
+
+    Raises:
+        DataError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{option}: {folder} cannot be made ({error.strerror}). Give another place.") from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{option}: {folder} cannot be written to. Give another place.")
+
+
 def peak_memory() -> int:
     """Largest resident bytes so far: this process, or a worker where that is more."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -151,9 +182,47 @@ def list_filters() -> str:
     return "\n".join([*lines, "metrics:", *(f"  {name:16} {text}" for name, text in MEANING.items())])
 
 
-def _say(card: dict[str, Any], out: Path) -> None:
+def summary(card: dict[str, Any]) -> list[str]:
+    """What was found, what could not be read or compared, and what was kept; a line each."""
     faults = ", ".join(f"{count:,} {name}" for name, count in card["faults"].items() if count) or "no faults found"
-    print(f"{card['records']:,} records: {faults}", file=sys.stderr)
+    lines = [f"{card['records']:,} records: {faults}", *_unread(card), *_compared(card)]
     if "kept" in card:
-        print(f"kept {card['kept']['records']:,}, removed {card['kept']['removed']:,}", file=sys.stderr)
-    print(f"card  {out / 'card.html'}", file=sys.stderr)
+        reasons = ", ".join(f"{name} {count:,}" for name, count in card["kept"]["reasons"].items())
+        lines.append(
+            f"kept {card['kept']['records']:,}, removed {card['kept']['removed']:,}"
+            + (f" ({reasons})" if reasons else "")
+        )
+    return lines
+
+
+def _unread(card: dict[str, Any]) -> list[str]:
+    pictures, lines = card["diversity"]["pictures"], []
+    if card["bad_records"]:
+        lines.append(f"unreadable  {card['bad_records']:,} records, left out; the first: {card['first_bad']}")
+    if card["ignored_keys"]:
+        keys = ", ".join(f"{name} ({count:,})" for name, count in card["ignored_keys"].items())
+        lines.append(f"ignored     keys that are none of a record's: {keys}")
+    if pictures.get("unreadable"):
+        lines.append(
+            f"unreadable  {pictures['unreadable']:,} of {pictures['distinct']:,} pictures, of "
+            f"{pictures['records_with_unreadable']:,} records; the first: {card['diversity']['first_unreadable']}"
+        )
+    if unknown := pictures.get("unreadable_of_evaluation_sets"):
+        lines.append(f"unreadable  {unknown:,} evaluation pictures, compared with nothing")
+    return lines
+
+
+def _compared(card: dict[str, Any]) -> list[str]:
+    correct = card["correctness"]
+    lines = [
+        f"annotations {source}: {count:,} {'records' if source == REGIONS else 'pictures'} of the dataset"
+        for source, count in correct["pictures_of_annotations"].items()
+    ]
+    if correct["measured"]:
+        lines.append(
+            f"annotations tell of {correct['annotated_records']:,} of {card['records']:,} records, "
+            f"{correct['records_with_claims']:,} make claims"
+        )
+    if card["not_checked"]:
+        lines.append(f"not checked {', '.join(card['not_checked'])}: nothing was given to measure them with")
+    return lines

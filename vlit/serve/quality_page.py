@@ -9,12 +9,13 @@ import numpy as np
 
 from vlit.data.images import resolve_image
 from vlit.data.json_stream import iter_json_records
-from vlit.data.record import Record, from_json
+from vlit.data.record import Record
 from vlit.errors import DataError
 from vlit.serve.markup import Markup, duration, number, page, percent, picture, short, table, tag
 from vlit.serve.quality_charts import bars, histogram
 from vlit.synth.quality.filters import MEANING
 from vlit.synth.quality.scan import Measured
+from vlit.synth.quality.text import read_record
 
 EXAMPLES = 4
 TITLES = {
@@ -177,15 +178,13 @@ def _read_examples(found: Measured, wanted: dict[str, list[int]]) -> dict[int, R
     rows |= set(np.argsort(-np.nan_to_num(found.numbers["quality"]), kind="stable")[:EXAMPLES].tolist())
     held: dict[int, Record] = {}
     last = max(rows, default=-1)
-    import orjson
-
     for row, raw in enumerate(iter_json_records(found.path)):
         if row > last:
             break
         if row in rows:
             try:
-                held[row] = from_json(orjson.loads(raw))
-            except (DataError, orjson.JSONDecodeError):
+                held[row] = read_record(row, raw)[0]
+            except DataError:
                 continue
     return held
 

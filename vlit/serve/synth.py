@@ -15,11 +15,28 @@ from vlit.synth.engine.status import read_status
 
 
 def synth_run(settings: SynthConfig, *, yes: bool) -> bool:
-    """Estimate, ask where money or other people's machines are involved, run, report. False: some items are unanswered."""
+    """Estimate, ask where money or other people's machines are involved, run, report. False: some items are unanswered.
+
+    Raises:
+        DataError: the run is complete and made no record.
+    """
     confirm({"": settings}, yes=yes)
     report = run(settings)
     show_report(report, Path(settings.out))
+    if report.records == 0:
+        raise DataError(why_empty(settings, report))
     return report.unanswered == 0
+
+
+def why_empty(settings: SynthConfig, report: Report) -> str:
+    """What a run that made no record says."""
+    from_annotations = build_teachers(settings)["vision"].known_domains() is not None
+    hint = (
+        " The embedded teacher answers from annotations: give --annotations, or a teacher that sees (openai, local)."
+        if from_annotations and not settings.annotations and not settings.records
+        else f" All that was left out: {Path(settings.out) / 'rejected.jsonl'}."
+    )
+    return f"{settings.out}: no record was made; {report.emptied}.{hint}"
 
 
 def confirm(runs: dict[str, SynthConfig], *, yes: bool) -> None:
@@ -68,7 +85,8 @@ def show_report(report: Report, out: Path) -> None:
             file=sys.stderr,
         )
     if report.records is None:
-        print(f"not complete: {report.unanswered} requests unanswered; run the same command again", file=sys.stderr)
+        print(f"not complete: {report.unanswered} requests unanswered, most often: {report.failure}", file=sys.stderr)
+        print("             mend what can be mended, then run the same command again", file=sys.stderr)
     else:
         print(f"dataset    {out / 'dataset.jsonl'}  ({report.records} records)", file=sys.stderr)
 
@@ -82,7 +100,9 @@ def synth_estimate(settings: SynthConfig, *, as_json: bool) -> None:
 def synth_status(out: Path, *, as_json: bool) -> None:
     """How far a run is; it may be running."""
     if not (out / "run.json").is_file():
-        raise DataError(f"{out}: no run of vlit synth here (no run.json). Give the folder of --out.")
+        below = ", ".join(str(path.parent) for path in sorted(out.glob("*/run.json")))
+        remedy = f"This is a build of several; give one of {below}." if below else "Give the folder of --out."
+        raise DataError(f"{out}: no run of vlit synth here (no run.json). {remedy}")
     status: dict[str, Any] = read_status(out)
     if as_json:
         print(json.dumps(status, indent=2))

@@ -46,6 +46,10 @@ class FormatConfig(ComponentConfig):
         """Every file that the records of ``path`` depend on, images apart: an index holds for their content alone."""
         return [path]
 
+    def image_root(self, path: Path) -> Path:
+        """The folder that image references are relative to, unless the user names one."""
+        return path if path.is_dir() else path.parent
+
     def raw_records(self, path: Path) -> Iterator[bytes]:
         """Each record as it stands in the file, for showing bad ones. Formats whose records are no text have none."""
         return iter(())

@@ -39,13 +39,22 @@ class TableFormat(RecordFormat):
         root = path if path.is_dir() else path.parent
         for file in self.files(path):
             for number, row in enumerate(rows_of(file)):
-                column = next((name for name in (self.image, "images", "image") if name and name in row), None)
+                column = self.picture_column(row)
                 try:
                     found = [] if column is None else _references(row[column], column, number, file.relative_to(root))
                 except BadRecord as bad:
                     yield bad
                     continue
-                yield {**row, **({} if column is None else {column: None}), "pictures": found}
+                yield self.with_references(row, column, found)
+
+    def picture_column(self, row: dict[str, Any]) -> str | None:
+        """The column that holds a row's pictures."""
+        return next((name for name in (self.image, "images", "image") if name and name in row), None)
+
+    @staticmethod
+    def with_references(row: dict[str, Any], column: str | None, found: list[str]) -> dict[str, Any]:
+        """The row with references in place of its pictures."""
+        return {**row, **({} if column is None else {column: None}), "pictures": found}
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """Turns, or a question and an answer, with the pictures of the row."""

@@ -9,9 +9,12 @@ index is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import orjson
 
 from vlit.data.boxes import FORMS, KnownForm
 from vlit.data.formats._reader import (
@@ -36,6 +39,7 @@ from vlit.data.record_checks import BadRecord, shown
 from vlit.errors import DataError
 from vlit.registry import FORMATS
 
+T = TypeVar("T")
 _DETECT = (
     "List the objects in the picture with their bounding boxes.",
     "Which objects are there, and where? Answer with boxes.",
@@ -82,28 +86,18 @@ class CocoFormat(RecordFormat):
         entry = an_object(entry)
         picture = entry.get("picture")
         if not isinstance(picture, dict):
-            known = entry.get("image_id", entry.get("id"))
-            raise BadRecord(f"image_id is {shown(known)}, which is no picture of this file", "fields")
+            raise _unknown("image_id", entry.get("image_id", entry.get("id")), "picture")
         image = self.image_name.format(file_name=text_of(picture, "file_name"), id=picture["id"])
         if "objects" in entry:
             return self._detection(entry, picture, image)
         identity = name_of(entry, "id")
-        turns = ask(pick(DESCRIBE, identity), " ".join(text_of(entry, "caption").split()))
+        turns = ask(pick(DESCRIBE, identity), caption_of(entry))
         return Record(identity, turns, (image,), kind="caption", instruction_type="caption")
 
     def _detection(self, entry: dict[str, Any], picture: dict[str, Any], image: str) -> Record:
-        size = number_of(picture, "width"), number_of(picture, "height")
-        regions = []
-        for one in entry["objects"]:
-            one = an_object(one)
-            if one.get("iscrowd"):
-                continue
-            category = look_up(entry["names"], one.get("category_id"))
-            if category is None:
-                raise BadRecord(
-                    f"category_id is {shown(one.get('category_id'))}, which is no category of this file", "fields"
-                )
-            regions.append(Region(text_of(category, "name"), box_of(one, "bbox", size)))
+        objects = [an_object(one) for one in entry["objects"]]
+        size = size_of(picture)
+        regions = [region_of(one, entry["names"], size) for one in objects if not one.get("iscrowd")]
         if not regions:
             raise BadRecord("annotations: the picture has crowds only, no single object", "fields")
         form = FORMS[self.boxes]
@@ -113,6 +107,102 @@ class CocoFormat(RecordFormat):
             identity, ask(pick(_DETECT, identity), answer), (image,), kind="detection", instruction_type="detection",
             regions=tuple(regions),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """A COCO file read whole: pictures (with a ``file_name``), categories (with a ``name``) and licences by id, and the
+    annotations as they are.
+    """
+
+    path: Path
+    pictures: dict[Any, dict[str, Any]]
+    annotations: list[Any]
+    categories: dict[Any, dict[str, Any]]
+    licences: dict[Any, dict[str, Any]]
+
+    def each(self, read: Callable[[dict[str, Any], dict[str, Any]], T]) -> Iterator[tuple[Any, Any, T]]:
+        """(id or None, id of the picture, what ``read(annotation, picture)`` makes of them) of every annotation.
+
+        Raises:
+            DataError: an annotation is not an object, is about an unknown picture, or ``read`` raises BadRecord.
+        """
+        for number, one in enumerate(self.annotations):
+            identity = one.get("id") if isinstance(one, dict) else None
+            name = f"annotation {identity}" if is_name(identity) else f"annotations[{number}]"
+            try:
+                picture = _known(self.pictures, an_object(one), "image_id", "picture")
+                found = read(one, picture)
+            except BadRecord as bad:
+                raise _unusable(self.path, name, bad) from bad
+            yield identity if is_name(identity) else None, picture["id"], found
+
+
+def read_coco(path: Path) -> CocoFile:
+    """A COCO file, with categories and licences where it has any.
+
+    Raises:
+        DataError: it cannot be read, is not COCO's, or a picture or category lacks its id or name.
+    """
+    try:
+        data = orjson.loads(path.read_bytes())
+        images, annotations = list(data["images"]), list(data["annotations"])
+        categories, licences = list(data.get("categories") or ()), by_key(data.get("licenses") or (), "id")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check --annotations.") from error
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not a COCO file ({type(error).__name__}: {error}); it needs images and annotations."
+        ) from error
+    pictures = _by_id(images, path, "images", "file_name")
+    return CocoFile(path, pictures, annotations, _by_id(categories, path, "categories", "name"), licences)
+
+
+def _by_id(entries: list[Any], path: Path, part: str, key: str) -> dict[Any, dict[str, Any]]:
+    table = {}
+    for number, entry in enumerate(entries):
+        try:
+            name_of(an_object(entry), "id")
+            text_of(entry, key)
+        except BadRecord as bad:
+            known = f" (id {shown(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
+            raise _unusable(path, f"{part}[{number}]{known}", bad) from bad
+        table[entry["id"]] = entry
+    return table
+
+
+def _unusable(path: Path, name: str, bad: BadRecord) -> DataError:
+    return DataError(f"{path}: {name} cannot be used: {bad}. Remove it or complete the file.")
+
+
+def _unknown(key: str, identity: Any, what: str) -> BadRecord:
+    return BadRecord(f"{key} is {shown(identity)}, which is no {what} of this file", "fields")
+
+
+def _known(table: dict[Any, dict[str, Any]], entry: dict[str, Any], key: str, what: str) -> dict[str, Any]:
+    found = look_up(table, entry.get(key))
+    if found is None:
+        raise _unknown(key, entry.get(key), what)
+    return found
+
+
+def caption_of(entry: dict[str, Any]) -> str:
+    """The caption on one line."""
+    return " ".join(text_of(entry, "caption").split())
+
+
+def size_of(picture: dict[str, Any]) -> tuple[float, float]:
+    """Width and height of a picture in pixels."""
+    try:
+        return number_of(picture, "width"), number_of(picture, "height")
+    except BadRecord as bad:
+        raise BadRecord(f"picture {shown(picture['id'])}: {bad}", bad.check) from bad
+
+
+def region_of(entry: dict[str, Any], categories: dict[Any, dict[str, Any]], size: tuple[float, float]) -> Region:
+    """An instance: the name of its category, its box as shares of a picture of that size."""
+    category = _known(categories, entry, "category_id", "category")
+    return Region(text_of(category, "name"), box_of(entry, "bbox", size))
 
 
 def box_of(entry: dict[str, Any], key: str, size: tuple[float, float]) -> tuple[float, float, float, float]:

@@ -16,6 +16,7 @@ from vlit.data.images import resolve_image
 from vlit.data.record import Record, check, from_json, to_json, write_records
 from vlit.errors import DataError
 from vlit.serve.review.log import Decision, DecisionLog
+from vlit.synth.quality.text import read_record
 from vlit.types import Turn
 
 MAX_RECORD_BYTES = 4 << 20
@@ -89,7 +90,7 @@ class Reviewed:
 
     def record(self, number: int) -> Record:
         """One record."""
-        return from_json(orjson.loads(self.raw(number)))
+        return read_record(number, self.raw(number))[0]
 
     def digest(self, number: int) -> str:
         """Short hash of a record's line: says whether a decision was made on this very text."""

@@ -1,23 +1,39 @@
 """Between recipes and a teacher: cache, budget, pace, retries. Safe for many threads.
 
-The order of one request: look into the cache; reserve its worst case; wait for its turn; note durably that it leaves;
-send; store the body durably; only then parse it and settle what it did cost.
+The order of one request: look into the cache; read its pictures; reserve its worst case; wait for its turn; note durably
+that it leaves; send; store the body durably; only then parse it and settle what it did cost. So a request whose picture cannot
+be used is rejected before it costs anything.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from vlit.errors import SynthError
+from vlit.data.image_paths import resolve_image
+from vlit.errors import DataError, SynthError
 from vlit.synth.engine.calls import CallLog
-from vlit.synth.engine.teacher import Ask, BrokenReply, Declined, Reply, SendFailed, Teacher
+from vlit.synth.engine.parse import Rejected
+from vlit.synth.engine.teacher import Ask, BrokenReply, Declined, Reply, SendFailed, Teacher, picture_hash
+
+PICTURE = "picture"
+"""Code of rejections for which a picture is the reason: it is refused, missing or damaged."""
 
 
 class Unanswered(SynthError):
     """A request that was not answered after all retries; it is asked again by the next run."""
+
+
+def picture_files(names: Sequence[str], root: Path) -> tuple[list[str], str]:
+    """(files, "") of image references, or ([], why) where one of them leads out of ``root`` or its container is damaged."""
+    try:
+        return [str(resolve_image(name, root)) for name in names], ""
+    except DataError as error:
+        return [], str(error)
 
 
 class Pace:
@@ -76,7 +92,9 @@ class Client:
             Unanswered: all retries failed.
             Declined: the endpoint does not answer this request.
             BudgetExhausted: the next request could exceed the budget.
+            Rejected: a picture cannot be used; nothing was reserved.
         """
+        _check_files(ask)
         key = self.teacher.key(ask)
         while True:
             with self._lock:
@@ -103,6 +121,10 @@ class Client:
             return None
 
     def _fresh(self, key: str, ask: Ask) -> Reply:
+        try:
+            send = self.teacher.ready(ask)
+        except DataError as error:
+            raise Rejected(PICTURE, str(error)) from error
         limits, bound = self.teacher.limits, self.teacher.most_tokens_in(ask)
         worst = limits.cost(bound, ask.max_tokens)
         reason, attempt = "", 0
@@ -110,7 +132,7 @@ class Client:
             if attempt:
                 self._back_off(attempt)
             try:
-                number, body = self._send(key, ask, worst=worst)
+                number, body = self._send(key, ask, send, worst=worst)
             except SendFailed as failed:
                 reason = str(failed)
                 if failed.wait_s is not None:
@@ -127,7 +149,7 @@ class Client:
                 reason = f"broken reply: {broken}"
         raise Unanswered(f"no answer after {attempt + 1} attempt{'s' * (attempt > 0)}: {reason}")
 
-    def _send(self, key: str, ask: Ask, *, worst: int) -> tuple[int, str]:
+    def _send(self, key: str, ask: Ask, send: Callable[[], str], *, worst: int) -> tuple[int, str]:
         """Send once; what the failure of a request costs is settled here."""
         self.log.reserve(worst)
         try:
@@ -139,7 +161,7 @@ class Client:
             raise
         number = self.log.sent(key, worst)
         try:
-            body = self.teacher.send(ask)
+            body = send()
         except SendFailed as failed:
             self.log.settle(number, worst if failed.charged else 0, ok=False, why=str(failed))
             raise
@@ -181,3 +203,14 @@ class Client:
         with self._lock:
             share = self._random.uniform(0.5, 1.0)
         self.stopped.wait(longest * share)
+
+
+def _check_files(ask: Ask) -> None:
+    """Rejected unless every picture is a regular file whose bytes can be read."""
+    for path in (image for message in ask.messages for image in message.images):
+        if not os.path.isfile(path):
+            raise Rejected(PICTURE, f"{path}: no such file, or no regular one. Check images:.")
+        try:
+            picture_hash(path)
+        except OSError as error:
+            raise Rejected(PICTURE, f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error

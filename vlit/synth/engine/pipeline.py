@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vlit.data.record import from_json, write_records
 from vlit.durable import make_folder, replace_file
 from vlit.errors import ConfigError, SynthError
 from vlit.synth.engine.calls import NANO, CallLog, Totals
-from vlit.synth.engine.client import Client, Unanswered
+from vlit.synth.engine.client import PICTURE, Client, Unanswered
 from vlit.synth.engine.recipe import Inputs
 from vlit.synth.engine.settings import SynthConfig
 from vlit.synth.engine.stages import (
@@ -58,11 +58,16 @@ class StageCount:
     reused: int = 0
     unanswered: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """Of each kind of rejection, the first in full."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Why requests were not answered."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "stage": self.name, "in": self.items_in, "out": self.items_out, "reused": self.reused,
-            "unanswered": self.unanswered, "rejected": dict(self.rejected.most_common()),
+            "unanswered": self.unanswered, "unanswered_because": dict(self.failures.most_common(3)),
+            "rejected": dict(self.rejected.most_common()),
         }  # fmt: skip
 
 
@@ -77,6 +82,22 @@ class Report:
     @property
     def unanswered(self) -> int:
         return sum(stage.unanswered for stage in self.stages)
+
+    @property
+    def failure(self) -> str:
+        """Why most requests were not answered; empty when all were."""
+        found = sum((stage.failures for stage in self.stages), Counter[str]())
+        return found.most_common(1)[0][0] if found else ""
+
+    @property
+    def emptied(self) -> str:
+        """Where the last items were lost and why, of a run that made no record."""
+        last = next((stage for stage in self.stages if not stage.items_out), None)
+        if last is None or not last.items_in:
+            return "there was nothing to begin with"
+        kind = last.rejected.most_common(1)
+        why = f", most often because {last.examples[kind[0][0]]}" if kind else ""
+        return f"stage {last.name} left out all of its {last.items_in} items{why}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -129,6 +150,8 @@ def run(settings: SynthConfig, *, show: bool = True) -> Report:
     teachers = build_teachers(settings)
     inputs = inputs_of(settings, teachers)
     out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: {out} is a file. Give the folder of the run, or a name that is not taken.")
     make_folder(out)
     cap = None if settings.budget_usd is None else round(settings.budget_usd * NANO)
     log = CallLog(Path(settings.calls) if settings.calls else out / "calls.jsonl", cap_nano=cap)
@@ -140,8 +163,10 @@ def run(settings: SynthConfig, *, show: bool = True) -> Report:
         items: Items = list(unique(settings.recipe.inputs(inputs)))
         rejected: list[dict[str, Any]] = []
         report = Report([], log.totals)
+        stages = settings.recipe.stages(inputs)
+        origin = _origin(settings) if settings.recipe.is_author and any(isinstance(s, AskEach) for s in stages) else {}
         try:
-            for number, stage in enumerate(settings.recipe.stages(inputs), start=1):
+            for number, stage in enumerate(stages, start=1):
                 if isinstance(stage, Select):
                     before, items = len(items), SelectedItems(stage, items)
                     report.stages.append(StageCount(stage.name, before, len(items)))
@@ -150,13 +175,26 @@ def run(settings: SynthConfig, *, show: bool = True) -> Report:
                 report.stages.append(runner.count)
                 items = runner.run(items, rejected)
             if not report.unanswered or settings.write_partial:
-                report.records = write_records(out / "dataset.jsonl", (from_json(item) for item in items))
+                report.records = write_records(
+                    out / "dataset.jsonl",
+                    (replace(record, provenance=origin | record.provenance) for record in map(from_json, items)),
+                )
         finally:
             replace_file(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
             replace_file(out / "report.json", json.dumps(report.to_json(), indent=2))
         return report
     finally:
         log.close()
+
+
+def _origin(settings: SynthConfig) -> dict[str, str]:
+    """Who wrote the records: type and model of the teachers."""
+    roles = {"teacher": settings.teacher, "vision_teacher": settings.vision_teacher}
+    return {
+        role: ":".join(str(word) for word in (config.type, getattr(config, "model", None)) if word)
+        for role, config in roles.items()
+        if config is not None
+    }
 
 
 def _begin(settings: SynthConfig, out: Path, log: CallLog, *, show: bool) -> None:
@@ -194,6 +232,8 @@ class _StageRun:
         self.stage, self.store, self.clients, self.settings, self.show = stage, store, clients, settings, show
         self.count = StageCount(stage.name)
         self._in_a_row = 0
+        self._unseen: dict[str, Outcome] = {}
+        """Outcomes for which a picture is the reason; not kept, since the next run may find it mended."""
 
     def run(self, items: Items, rejected: list[dict[str, Any]]) -> JournalItems:
         """The items for the next stage, in the order of the items that they came from."""
@@ -218,15 +258,17 @@ class _StageRun:
         found, seen = JournalItems(self.store.path), set[str]()
         names: Iterable[str] = ["*"] if isinstance(self.stage, Whole) else (item["id"] for item in items)
         for name, key in zip(names, keys, strict=True):
-            if key not in self.store:
+            if key not in self.store and key not in self._unseen:
                 continue
-            outcome = self.store.get(key)
+            outcome = self._unseen.get(key) or self.store.get(key)
             for place, item in enumerate(outcome.items):
                 if item["id"] not in seen:
                     seen.add(item["id"])
                     found.add(self.store.offset(key), place)
             if outcome.rejected:
-                self.count.rejected[outcome.rejected.split(":")[0]] += 1
+                kind = outcome.rejected.split(":")[0]
+                self.count.rejected[kind] += 1
+                self.count.examples.setdefault(kind, outcome.rejected)
                 rejected.append({"stage": self.stage.name, "id": name, "reason": outcome.rejected})
         self.count.items_out = len(found)
         return found
@@ -270,6 +312,7 @@ class _StageRun:
             outcome = future.result()
         except Unanswered as error:
             self.count.unanswered += 1
+            self.count.failures[str(error)] += 1
             self._in_a_row += 1
             if self._in_a_row >= self.settings.max_unanswered:
                 raise SynthError(
@@ -281,7 +324,10 @@ class _StageRun:
         self._done(key, item, outcome)
 
     def _done(self, key: str, item: Item, outcome: Outcome) -> None:
-        self.store.put(key, item["id"], outcome)
+        if outcome.rejected.partition(":")[0] == PICTURE:
+            self._unseen[key] = outcome
+        else:
+            self.store.put(key, item["id"], outcome)
 
     def _stop(self, flying: dict[Future[Outcome], tuple[str, Item]]) -> None:
         """Let nothing new leave, and keep what is still coming in."""

@@ -46,8 +46,23 @@ def find(name: str, *, own: str | None = None) -> Path:
         held = [p for p in (folder / name).parent.glob(f"{Path(name).name}.v*.*") if _version(p) is not None]
         if held:
             return max(held, key=lambda p: _version(p) or 0)
-    known = {str(p.relative_to(FOLDER)).split(".v")[0] for p in FOLDER.rglob("*.v*.*")}
-    raise DataError(f'prompt "{name}": no such file. {did_you_mean(name, known)}')
+    raise DataError(f'prompt "{name}": no such file. {did_you_mean(name, _names(FOLDER))}')
+
+
+def check_own(folder: Path) -> None:
+    """ValueError unless a folder of one's own holds a file that takes the place of one of vlit's."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Give the folder of your prompt files, or leave the key out")
+    held = _names(folder)
+    if not held & _names(FOLDER):
+        has = f"it holds {', '.join(sorted(held)[:5])}" if held else "it holds no file like llava/conversation.v1.txt"
+        raise ValueError(f"{folder}: none of its files takes the place of a prompt of vlit ({has}). Known: "
+                         f"{', '.join(sorted(_names(FOLDER)))}")  # fmt: skip
+
+
+def _names(folder: Path) -> set[str]:
+    """``recipe/name`` of every prompt file below."""
+    return {p.relative_to(folder).as_posix().split(".v")[0] for p in folder.rglob("*.v*.*") if _version(p) is not None}
 
 
 def _version(path: Path) -> int | None:

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import field_validator
 
 from vlit.config.component import ComponentConfig
 from vlit.data.record import Record, to_json
 from vlit.errors import ConfigError
+from vlit.synth.engine.prompts import check_own
 from vlit.synth.engine.stages import Item, Stage
 from vlit.synth.engine.teacher import content_hash
 from vlit.synth.engine.views import View, read_views, views_of_folder
@@ -43,8 +46,17 @@ class Inputs:
 class RecipeConfig(ComponentConfig):
     """Base of all recipes."""
 
+    is_author: ClassVar[bool] = True
+    """Whether a teacher's words are what its records say: the records then name the teacher."""
     prompts: str | None = None
     """Folder of one's own prompt files, laid out as `vlit/synth/engine/prompts`; its files go before those of vlit."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _holds_prompts(cls, folder: str | None) -> str | None:
+        if folder is not None:
+            check_own(Path(folder))
+        return folder
 
     def inputs(self, inputs: Inputs) -> list[Item]:
         """Items of the first stage: one view a picture, with annotations where they were given."""
@@ -111,4 +123,5 @@ def record_item(
         mark = f"{IMAGE_PLACEHOLDER}\n{question}" if image_first else f"{question}\n{IMAGE_PLACEHOLDER}"
         turns += [Turn("user", mark if number == 0 else question), Turn("assistant", answer)]
     identity = f"{view.id}-{suffix}" if suffix else view.id
+    provenance = provenance | ({"license": view.license} if view.license else {})
     return to_json(Record(identity, tuple(turns), (view.image,), provenance=provenance, **fields))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vlit.errors import ConfigError, DataError
+from vlit.synth.engine.teacher import open_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HASH_SIDE = 8
 CHUNK = 512
@@ -22,43 +30,87 @@ def tfidf(texts: Sequence[str]) -> Any:
 
 
 def average_hash(path: str) -> NDArray[np.float32]:
-    """64 signs: which of 8 x 8 grey cells are brighter than their mean; scaled to length 1 (cosine = 1 - Hamming / 32)."""
-    from PIL import Image
+    """64 signs: which of 8 x 8 grey cells are brighter than their mean; scaled to length 1 (cosine = 1 - Hamming / 32).
 
-    with Image.open(path) as picture:
-        grey = np.asarray(picture.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float32)
+    Raises:
+        DataError: the picture cannot be decoded.
+    """
+    from PIL.Image import Resampling
+
+    small = open_picture(path).convert("L").resize((HASH_SIDE, HASH_SIDE), Resampling.BOX)
+    grey = np.asarray(small, dtype=np.float32)
     signs = np.where(grey > grey.mean(), 1.0, -1.0).astype(np.float32).reshape(-1)
     return signs / np.float32(HASH_SIDE)
 
 
 def average_hashes(paths: Sequence[str]) -> NDArray[np.float32]:
-    """One row a picture; each file is read once."""
-    held = {path: average_hash(path) for path in dict.fromkeys(paths)}
+    """One row a picture, NaN where it cannot be decoded; each file is read once."""
+    held = {path: _hash_or_nan(path) for path in dict.fromkeys(paths)}
     return np.stack([held[path] for path in paths])
 
 
-def clip_features(paths: Sequence[str], folder: str, *, batch: int = 64) -> NDArray[np.float32]:
-    """Rows of length 1: image embeddings of a transformers CLIP folder."""
-    import torch
-    from PIL import Image
-    from transformers import CLIPImageProcessor, CLIPModel
+def _hash_or_nan(path: str) -> NDArray[np.float32]:
+    try:
+        return average_hash(path)
+    except DataError:
+        return np.full(HASH_SIDE**2, np.nan, np.float32)
 
-    model: Any = CLIPModel.from_pretrained(folder).eval()
+
+def load_clip(folder: str) -> Any:
+    """A transformers CLIP folder of this machine; nothing is downloaded.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no CLIP model.
+    """
+    from transformers import CLIPModel
+
+    remedy = "Give --clip (recipe.clip of the recipe otter) a transformers CLIP folder on this machine."
+    if not Path(folder).is_dir():
+        raise ConfigError(f"clip: {folder} is not a folder. {remedy}")
+    try:
+        return CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"clip: {folder} cannot be read as a CLIP model ({_one_line(error)}). {remedy}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def clip_features(paths: Sequence[str], folder: str, *, batch: int = 64) -> NDArray[np.float32]:
+    """Rows of length 1: image embeddings of a transformers CLIP folder; NaN where a picture cannot be decoded.
+
+    Raises:
+        ConfigError: ``folder`` holds no CLIP model.
+    """
+    import torch
+    from transformers import CLIPImageProcessor
+
+    model = load_clip(folder)
     side = model.config.vision_config.image_size
     read = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     different = list(dict.fromkeys(paths))
     held: dict[str, NDArray[np.float32]] = {}
     for start in range(0, len(different), batch):
-        part = different[start : start + batch]
-        pictures = []
-        for path in part:
-            with Image.open(path) as picture:
-                pictures.append(picture.convert("RGB"))
+        opened = _opened(different[start : start + batch])
+        if not opened:
+            continue
+        pictures = list(opened.values())
         with torch.inference_mode():
             pooled = model.vision_model(**read(images=pictures, return_tensors="pt")).pooler_output
             features = torch.nn.functional.normalize(model.visual_projection(pooled).float(), dim=-1)
-        held.update(zip(part, features.numpy(), strict=True))
-    return np.stack([held[path] for path in paths])
+        held.update(zip(opened, features.numpy(), strict=True))
+    unknown = np.full(model.config.projection_dim, np.nan, np.float32)
+    return np.stack([held.get(path, unknown) for path in paths])
+
+
+def _opened(paths: Sequence[str]) -> dict[str, Image]:
+    """The pictures that can be decoded."""
+    found: dict[str, Image] = {}
+    for path in paths:
+        with contextlib.suppress(DataError):
+            found[path] = open_picture(path)
+    return found
 
 
 def neighbours(features: Any, *, groups: Sequence[str], owners: Sequence[str], count: int) -> list[list[int]]:

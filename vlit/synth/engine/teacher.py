@@ -10,17 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from vlit.data.images import open_rgb
 from vlit.durable import file_sha256
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BYTES_PER_TOKEN = 4.0
 """English text, about; for estimates only. Reservations count one token a byte, which no tokenizer of bytes exceeds."""
 TOKENS_PER_MESSAGE = 16
 """Bound of what a chat template adds to a message."""
+BEHIND = (122, 116, 104)
+"""Colour behind transparent parts of pictures: CLIP's mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,14 @@ class Teacher:
         """The body of the reply, as it came. Raises SendFailed or Declined."""
         raise NotImplementedError(f"{type(self).__name__} must implement send")
 
+    def ready(self, ask: Ask) -> Callable[[], str]:
+        """What sends this request, any number of times; its pictures are read here, before anything is reserved for it.
+
+        Raises:
+            DataError: a picture cannot be decoded.
+        """
+        return partial(self.send, ask)
+
     def read(self, body: str) -> Reply:
         """What a body says; pure. Raises BrokenReply."""
         return Reply(body)
@@ -171,3 +186,16 @@ def picture_hash(path: str) -> str:
 @lru_cache(maxsize=100_000)
 def _picture_hash(path: str, size: int, changed_ns: int) -> str:
     return file_sha256(Path(path))
+
+
+def open_picture(path: str, *, longest_side: int | None = None) -> Image:
+    """An upright RGB picture; with ``longest_side``, in at most so many pixels a side.
+
+    Raises:
+        DataError: the file is missing, not an image, damaged, or too large.
+    """
+    if longest_side is None:
+        return open_rgb(Path(path), background=BEHIND)
+    shown = open_rgb(Path(path), background=BEHIND, at_least=2 * longest_side, side="long")
+    shown.thumbnail((longest_side, longest_side))
+    return shown

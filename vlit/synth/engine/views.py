@@ -1,19 +1,22 @@
 """The symbolic view of a picture: its captions and its named boxes, all a text-only teacher gets to see.
 
 LLaVA (arXiv:2304.08485 §3) describes a picture to a language model by five captions and by boxes ``category: [x0, y0, x1,
-y1]`` normalised to 0..1. Views are read from COCO files (``instances_*.json`` and ``captions_*.json``, either alone too); an
-instance may carry ``attributes``, for example a colour.
+y1]`` normalised to 0..1. Views are read from COCO files (``instances_*.json`` and ``captions_*.json``, either alone too;
+``person_keypoints_*.json`` repeats the persons of instances); an instance may carry ``attributes``, for example a colour.
 """
 
 from __future__ import annotations
 
+import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from vlit.data.formats.coco import caption_of, read_coco, region_of, size_of
 from vlit.errors import DataError
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -60,6 +63,8 @@ class View:
     image: str
     captions: tuple[str, ...] = ()
     things: tuple[Thing, ...] = ()
+    license: str = ""
+    """Name of the licence, where the annotations say it."""
 
     def to_item(self) -> dict[str, Any]:
         """As JSON."""
@@ -72,7 +77,7 @@ class View:
     def of(cls, item: dict[str, Any]) -> View:
         """From JSON; other keys of the item are left alone."""
         things = tuple(Thing(t["name"], tuple(t["box"]), dict(t.get("attributes", {}))) for t in item.get("things", ()))
-        return cls(item["id"], item["image"], tuple(item.get("captions", ())), things)
+        return cls(item["id"], item["image"], tuple(item.get("captions", ())), things, item.get("license", ""))
 
     def captions_text(self) -> str:
         """One caption a line."""
@@ -83,73 +88,96 @@ class View:
         return "\n".join(f"{thing.phrase}: {thing.box_text()}" for thing in self.things)
 
 
+@dataclass(slots=True)
+class _Picture:
+    """What the files read so far say about one picture."""
+
+    image: str
+    captions: list[str] = field(default_factory=list)
+    things: list[Thing] = field(default_factory=list)
+    license: str = ""
+    taken: set[tuple[Any, Any]] = field(default_factory=set)
+    """(id, content) of its annotations, crowds too."""
+
+    def take(self, identity: Any, content: str | Thing | None) -> bool:
+        """Add what an annotation says; False where the annotation was taken before."""
+        key = identity, (content.name, content.box) if isinstance(content, Thing) else content
+        if identity is not None and key in self.taken:
+            return False
+        self.taken.add(key)
+        if isinstance(content, Thing):
+            self.things.append(content)
+        elif content is not None:
+            self.captions.append(content)
+        return True
+
+
 def read_views(annotations: Sequence[Path], images: Path) -> list[View]:
-    """The views of all pictures of COCO files (or folders of them), by file and picture number.
+    """The views of all annotated pictures of COCO files (or folders of them), by file and picture number.
 
     Files that speak of the same pictures (``instances_x.json`` and ``captions_x.json``) are joined. Crowd boxes are left out:
-    they stand for many things at once. A picture is looked for at ``images/file_name``, then at ``images/x/file_name``.
+    they stand for many things at once. An annotation that a file repeats (same id, picture, and name with box or caption) is
+    taken once. How many repetitions and how many pictures without annotations were left out is said on stderr. A picture is
+    looked for at ``images/file_name``, then at ``images/x/file_name``.
 
     Raises:
-        DataError: a file is not COCO's, an annotation names an unknown picture or category, or a picture is not there.
+        DataError: a file is not COCO's, an annotation names an unknown picture or category or has a field that cannot be
+            used, or a picture is not there.
     """
     files = [f for path in annotations for f in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     if not files:
         raise DataError(
             f"{', '.join(map(str, annotations))}: no COCO file (*.json) here. Give files, or the folder of them."
         )
-    held: dict[str, dict[str, Any]] = {}
+    held: dict[str, _Picture] = {}
     for path in files:
         _read_file(path, images, held)
+    if bare := sum(not picture.taken for picture in held.values()):
+        print(f"{bare:,} of {len(held):,} pictures have no annotation; left out", file=sys.stderr)
     return [
-        View(key, row["image"], tuple(row["captions"]), tuple(row["things"]))
-        for key, row in held.items()
-        if row["seen"]
+        View(identity, picture.image, tuple(picture.captions), tuple(picture.things), picture.license)
+        for identity, picture in zip(_ids(list(held)), held.values(), strict=True)
+        if picture.taken
     ]
 
 
-def _read_coco(path: Path) -> tuple[dict[Any, Any], list[Any], dict[Any, str]]:
-    """(pictures by id, annotations, category names by id) of a COCO file; DataError when it is none."""
-    try:
-        data = orjson.loads(path.read_bytes())
-        pictures = {p["id"]: p for p in data["images"]}
-        return pictures, data["annotations"], {c["id"]: str(c["name"]) for c in data.get("categories", [])}
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check --annotations.") from error
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: not a COCO file ({type(error).__name__}: {error}); it needs images and annotations."
-        ) from error
+def _read_file(path: Path, images: Path, held: dict[str, _Picture]) -> None:
+    coco, split, again = read_coco(path), _split_of(path), 0
+    pictures: dict[Any, _Picture] = {}
+    for number, picture in coco.pictures.items():
+        relative = _find_picture(images, split, picture["file_name"], path)
+        pictures[number] = held.setdefault(str(Path(relative)), _Picture(relative))
+        licence = coco.licences.get(picture.get("license"), {}).get("name")
+        pictures[number].license = str(licence or pictures[number].license)
+    for identity, number, content in coco.each(partial(_content, coco.categories)):
+        again += not pictures[number].take(identity, content)
+    if again:
+        print(
+            f"{path}: {again:,} of {len(coco.annotations):,} annotations were read before (same id, picture, box); left out",
+            file=sys.stderr,
+        )
 
 
-def _read_file(path: Path, images: Path, held: dict[str, dict[str, Any]]) -> None:
-    pictures, rows, categories = _read_coco(path)
-    split = path.stem.split("_", 1)[-1]
-    names: dict[Any, str] = {}
-    for number, picture in pictures.items():
-        relative = _find_picture(images, split, str(picture["file_name"]), path)
-        key = names[number] = str(Path(relative).with_suffix("")).replace("/", "-")
-        held.setdefault(key, {"image": relative, "captions": [], "things": [], "seen": False})
-    for row in rows:
-        try:
-            target, picture = held[names[row["image_id"]]], pictures[row["image_id"]]
-            target["seen"] = True
-            if "caption" in row:
-                target["captions"].append(" ".join(str(row["caption"]).split()))
-            elif not row.get("iscrowd"):
-                target["things"].append(_thing(row, categories, picture))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise DataError(
-                f"{path}: annotation {row.get('id') if isinstance(row, dict) else row!r} cannot be used "
-                f"({type(error).__name__}: {error}). Remove it or complete the file."
-            ) from error
+def _content(categories: dict[Any, dict[str, Any]], row: dict[str, Any], picture: dict[str, Any]) -> str | Thing | None:
+    """A caption or an object; None for a crowd."""
+    if "caption" in row:
+        return caption_of(row)
+    if row.get("iscrowd"):
+        return None
+    region = region_of(row, categories, size_of(picture))
+    x0, y0, x1, y1 = (round(edge, 4) for edge in region.box)
+    return Thing(region.label, (x0, y0, x1, y1), _attributes(row))
 
 
-def _thing(row: dict[str, Any], categories: dict[Any, str], picture: dict[str, Any]) -> Thing:
-    x, y, w, h = (float(edge) for edge in row["bbox"])
-    width, height = float(picture["width"]), float(picture["height"])
-    corners = (x / width, y / height, (x + w) / width, (y + h) / height)
-    box = tuple(round(min(1.0, max(0.0, edge)), 4) for edge in corners)
-    return Thing(categories[row["category_id"]], (box[0], box[1], box[2], box[3]), dict(row.get("attributes", {})))
+def _attributes(row: dict[str, Any]) -> dict[str, str]:
+    """What is said of a thing in words; the switches and numbers that annotation tools keep beside them are left alone."""
+    given = row.get("attributes")
+    return {key: value for key, value in given.items() if isinstance(value, str)} if isinstance(given, dict) else {}
+
+
+def _split_of(path: Path) -> str:
+    """``train2017`` of ``instances_train2017.json`` and of ``person_keypoints_train2017.json``."""
+    return re.sub(r"^(person_keypoints|[^_]*)_", "", path.stem)
 
 
 def _find_picture(images: Path, split: str, name: str, source: Path) -> str:
@@ -165,11 +193,11 @@ def _find_picture(images: Path, split: str, name: str, source: Path) -> str:
 
 def picture_prefix(path: Path, images: Path) -> str | None:
     """What stands before the file names of a COCO file with boxes in image paths (often nothing); None when it has no boxes."""
-    pictures, rows, _ = _read_coco(path)
-    if not pictures or not any("bbox" in row for row in rows[:1]):
+    coco = read_coco(path)
+    if not coco.pictures or not any(isinstance(row, dict) and "bbox" in row for row in coco.annotations[:1]):
         return None
-    name = str(next(iter(pictures.values()))["file_name"])
-    return _find_picture(images, path.stem.split("_", 1)[-1], name, path).removesuffix(name)
+    name = next(iter(coco.pictures.values()))["file_name"]
+    return _find_picture(images, _split_of(path), name, path).removesuffix(name)
 
 
 def views_of_folder(images: Path) -> list[View]:
@@ -178,6 +206,19 @@ def views_of_folder(images: Path) -> list[View]:
     if not found:
         raise DataError(f"{images}: no picture ({', '.join(sorted(PICTURE_SUFFIXES))}) in this folder. Check --images.")
     relative = [str(p.relative_to(images)) for p in found]
-    ids = [str(Path(name).with_suffix("")).replace("/", "-") for name in relative]
-    repeated = {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else set()
-    return [View(name.replace("/", "-") if i in repeated else i, name) for i, name in zip(ids, relative, strict=True)]
+    return [View(identity, name) for identity, name in zip(_ids(relative), relative, strict=True)]
+
+
+def _ids(images: Sequence[str]) -> list[str]:
+    """An id of its own for each relative path: without suffix and with ``-`` for ``/``; with suffix, or as it is, where
+    another path could have the same.
+    """
+    choices = [
+        dict.fromkeys((str(Path(name).with_suffix("")).replace("/", "-"), name.replace("/", "-"), name))
+        for name in images
+    ]
+    times = Counter(choice for some in choices for choice in some)
+    return [
+        next((choice for choice in some if times[choice] == 1), name)
+        for name, some in zip(images, choices, strict=True)
+    ]

@@ -7,11 +7,11 @@ records themselves where these are complete.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
+from vlit.data.formats.coco import read_coco, region_of, size_of
 from vlit.data.record import Box, Record
 from vlit.errors import DataError
 from vlit.synth.quality.words import COLOURS, lemma
@@ -73,8 +73,10 @@ def region_names(record: Record) -> list[str]:
 def read_annotations(sources: list[str]) -> Annotations | None:
     """Annotations of COCO files, each ``FILE`` or ``FOLDER/=FILE``; None without any.
 
+    Files that speak of the same pictures are joined; a thing that an earlier file has is not added again.
+
     Raises:
-        DataError: a file is not COCO's.
+        DataError: a file is not COCO's, or an annotation has a field that cannot be used.
     """
     if not sources:
         return None
@@ -88,31 +90,31 @@ def read_annotations(sources: list[str]) -> Annotations | None:
 
 
 def _read_coco(path: Path, prefix: str, found: Annotations) -> None:
-    try:
-        data: Any = orjson.loads(path.read_bytes())
-        images = {image["id"]: image for image in data["images"]}
-        categories = {kind["id"]: (kind["name"], kind.get("supercategory", "")) for kind in data["categories"]}
-        boxes = data["annotations"]
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}. Give COCO's instances file with --annotations.") from error
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a COCO instances file ({error!r}); images, annotations, categories?") from error
-    licences = {row.get("id"): row.get("name", "?") for row in data.get("licenses", ())}
-    held: dict[Any, list[Thing]] = {identity: [] for identity in images}
-    for number, box in enumerate(boxes):
-        image, category = images.get(box.get("image_id")), categories.get(box.get("category_id"))
-        if image is None or category is None or len(box.get("bbox", ())) != 4:
-            raise DataError(f"{path}: annotations[{number}] names an unknown picture or category, or has no bbox.")
-        x, y, wide, high = box["bbox"]
-        w, h = max(image["width"], 1), max(image["height"], 1)
-        colour = str(box.get("attributes", {}).get("color", "")).lower()
-        held[box["image_id"]].append(Thing(*category, colour, (x / w, y / h, (x + wide) / w, (y + high) / h)))
-    for identity, image in images.items():
+    coco = read_coco(path)
+    if coco.annotations and not coco.categories:
+        raise DataError(f"{path}: not a COCO instances file, it has no categories. Give instances_*.json.")
+    held: dict[Any, list[Thing]] = {identity: [] for identity in coco.pictures}
+    for _, picture, thing in coco.each(partial(_instance, coco.categories)):
+        held[picture].append(thing)
+    licences = {identity: row.get("name", "?") for identity, row in coco.licences.items()}
+    for identity, image in coco.pictures.items():
         name = prefix + image["file_name"]
-        found.things[name] = tuple(held[identity])
+        earlier = found.things.get(name, ())
+        found.things[name] = (*earlier, *(thing for thing in held[identity] if thing not in earlier))
         if "license" in image:
             found.licences[name] = licences.get(image["license"], "?")
-    for label, group in categories.values():
-        found.add_name("label", label)
-        if group:
+    for category in coco.categories.values():
+        found.add_name("label", category["name"])
+        if group := _group(category):
             found.add_name("group", group)
+
+
+def _instance(categories: dict[Any, dict[str, Any]], row: dict[str, Any], picture: dict[str, Any]) -> Thing:
+    region = region_of(row, categories, size_of(picture))
+    attributes = row.get("attributes")
+    colour = str(attributes.get("color", "")).lower() if isinstance(attributes, dict) else ""
+    return Thing(region.label, _group(categories[row["category_id"]]), colour, region.box)
+
+
+def _group(category: dict[str, Any]) -> str:
+    return str(category.get("supercategory") or "")

@@ -33,9 +33,12 @@ def build_card(found: Measured, *, peak_bytes: int | None = None) -> dict[str, A
         "dataset": found.path.name,
         "records": len(found),
         "bad_records": len(tally.bad),
+        "first_bad": f"{found.path.name}#{tally.bad[0][0]}: {tally.bad[0][1]}" if tally.bad else None,
+        "ignored_keys": dict(tally.ignored.most_common()),
         "correctness": {
             "measured": "correctness" in numbers,
             "mean": _mean(numbers.get("correctness")),
+            "annotated_records": int(np.nansum(numbers["annotated"])) if "annotated" in numbers else None,
             "records_with_claims": int(np.nan_to_num(numbers["claims"]).astype(bool).sum())
             if "claims" in numbers
             else 0,
@@ -60,6 +63,7 @@ def build_card(found: Measured, *, peak_bytes: int | None = None) -> dict[str, A
             "duplicates": int((found.earlier >= 0).sum()),
             "exact_duplicates": int(((found.earlier >= 0) & (numbers["duplicate"] >= 1)).sum()),
             "pictures": found.pictures,
+            "first_unreadable": found.first_unreadable,
         },
         "complexity": {
             name: _summary(numbers[name])

@@ -16,12 +16,17 @@ NAMED: dict[str, tuple[str, ...]] = {
     "no_leaks": ("leaks==0",),
     "unique": ("duplicate==0",),
     "uncontaminated": ("eval_text==0", "eval_image==0"),
+    "readable": ("readable>=1",),
     "sighted": ("blind<1",),
 }
 NAMED["clean"] = tuple(
-    dict.fromkeys(rule for name in ("correct", "no_leaks", "unique", "uncontaminated") for rule in NAMED[name])
+    dict.fromkeys(
+        rule for name in ("correct", "no_leaks", "unique", "uncontaminated", "readable") for rule in NAMED[name]
+    )
 )
 MEANING = {
+    "annotated": "1 when the annotations tell what the record's picture shows",
+    "readable": "share of the record's pictures that can be decoded",
     "correctness": "share of claims that agree with the annotations",
     "claims": "claims that could be compared",
     "wrong_exists": "things said to be there that are not (or the reverse)",
@@ -81,10 +86,16 @@ def parse_filters(words: Sequence[str], *, missing: Collection[str] = ()) -> lis
         if not measured:
             raise ConfigError(
                 f'--keep "{word}": {found[0].metric} is not measured. Give --annotations for correctness, --eval-texts or '
-                "--eval-images for contamination, --model for losses, --clip for clip_score."
+                "--eval-images for contamination, --images for readable, --model for losses, --clip for clip_score."
             )
         rules += measured
     return list(dict.fromkeys(rules))
+
+
+def not_checked(words: Sequence[str], *, missing: Collection[str]) -> list[str]:
+    """Rules of the named filters that this run leaves out, as it does not measure them."""
+    rules = [_parse(text, word) for word in words for text in NAMED.get(word.strip(), ())]
+    return list(dict.fromkeys(str(rule) for rule in rules if rule.metric in missing))
 
 
 def _parse(text: str, word: str) -> Rule:
@@ -98,12 +109,17 @@ def _parse(text: str, word: str) -> Rule:
 
 
 def not_measured(
-    *, annotations: bool, eval_texts: bool, eval_images: bool, model: bool = False, clip: bool = False
+    *,
+    annotations: bool,
+    eval_texts: bool,
+    eval_images: bool,
+    images: bool = True,
+    model: bool = False,
+    clip: bool = False,
 ) -> set[str]:
     """Metrics that a run without these inputs does not have."""
-    missing = (
-        set() if annotations else {"correctness", "claims", *(name for name in MEANING if name.startswith("wrong_"))}
-    )
+    compared = {"annotated", "correctness", "claims", *(name for name in MEANING if name.startswith("wrong_"))}
+    missing = (set() if annotations else compared) | (set() if images else {"readable"})
     missing |= (set() if model else {"loss", "loss_blind", "gain"}) | (set() if clip else {"clip_score"})
     return missing | (set() if eval_texts else {"eval_text"}) | (set() if eval_images else {"eval_image"})
 

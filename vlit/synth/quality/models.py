@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlit.data.record import Record
-from vlit.errors import DataError
+from vlit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from vlit.answer import Answerer
@@ -135,6 +135,10 @@ def clip_scores(
     if not usable:
         return {"clip_score": score}, {}
     pictures = clip_features([path for _, path, _ in usable], folder)
+    known = np.flatnonzero(~np.isnan(pictures).any(axis=1))
+    pictures, usable = pictures[known], [usable[row] for row in known]
+    if not usable:
+        return {"clip_score": score}, {}
     texts = clip_texts([text for _, _, text in usable], folder)
     score[[number for number, _, _ in usable]] = CLIP_WEIGHT * (pictures * texts).sum(axis=1).clip(min=0)
     _, first = np.unique([path for _, path, _ in usable], return_index=True)
@@ -144,10 +148,15 @@ def clip_scores(
 def clip_texts(texts: Sequence[str], folder: str) -> np.ndarray:
     """float32 [texts, width], rows of length 1: text embeddings of a transformers CLIP folder; long texts are cut."""
     import torch
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer
 
-    model: Any = CLIPModel.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    from vlit.synth.engine.similarity import load_clip
+
+    model: Any = load_clip(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"clip: {folder} holds no tokenizer. Give --clip a whole CLIP folder.") from error
     longest = model.config.text_config.max_position_embeddings
     found: list[np.ndarray] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):

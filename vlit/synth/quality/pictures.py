@@ -18,9 +18,11 @@ from PIL import Image
 from vlit.data.images import open_rgb, resolve_image
 from vlit.errors import DataError
 from vlit.synth.quality.sketches import candidate_pairs
+from vlit.synth.quality.spool import batches, in_order
 
 MAX_BITS, MAX_LEVELS, DEAD_ZONE = 24, 12.0, 4
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+PICTURES_AT_ONCE = 256
 _ALL_PAIRS = 200_000_000
 
 
@@ -68,10 +70,43 @@ def join(parts: Iterable[Looks]) -> Looks:
 
 
 def pictures_below(folder: Path) -> list[str]:
-    """Relative paths of the picture files of a folder."""
+    """Relative paths of the picture files of an evaluation folder.
+
+    Raises:
+        DataError: there is no such folder, or no picture in it.
+    """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. Give the folder of the evaluation pictures.")
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        raise DataError(f"--eval-images {folder}: no such folder. Give the folder of the evaluation pictures.")
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise DataError(
+            f"--eval-images {folder}: no picture ({', '.join(sorted(SUFFIXES))}) in this folder or below it."
+        )
+    return found
+
+
+def look_at_evaluation(folder: Path, *, workers: int) -> tuple[list[str], Looks]:
+    """Names and looks of the pictures of an evaluation folder.
+
+    Raises:
+        DataError: there is none that can be decoded.
+    """
+    names = pictures_below(folder)
+    looks = join(in_order(look_at, ((part, folder) for part in batches(names, PICTURES_AT_ONCE)), workers=workers))
+    if not looks.known.any():
+        raise DataError(
+            f"--eval-images {folder}: none of its {len(names):,} pictures can be decoded. {why(names[0], folder)}"
+        )
+    return names, looks
+
+
+def why(name: str, root: Path) -> str:
+    """Why a picture below a folder cannot be decoded."""
+    try:
+        look(resolve_image(name, root))
+    except DataError as error:
+        return str(error)
+    return f"{name}: readable now"
 
 
 def same_within(looks: Looks) -> np.ndarray:

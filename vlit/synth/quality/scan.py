@@ -9,25 +9,31 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from vlit.data.json_stream import iter_json_records
 from vlit.errors import DataError
 from vlit.synth.quality.annotations import Annotations
 from vlit.synth.quality.blind import guessed_by_majority
-from vlit.synth.quality.pictures import join, look_at, pictures_below, same_across, same_within
-from vlit.synth.quality.sketches import Distinct, earlier_of, near_duplicates, ngram_hashes
+from vlit.synth.quality.pictures import (
+    PICTURES_AT_ONCE,
+    join,
+    look_at,
+    look_at_evaluation,
+    same_across,
+    same_within,
+    why,
+)
+from vlit.synth.quality.sketches import Distinct, earlier_of, near_duplicates
+from vlit.synth.quality.sources import eval_sequences, iter_shown
 from vlit.synth.quality.spool import Spool, batches, in_order
-from vlit.synth.quality.text import CONTAMINATION_WORDS, FIELDS, HALF, Chunk, Context, measure_chunk, word_hashes
-from vlit.synth.quality.words import tokens
+from vlit.synth.quality.text import FIELDS, HALF, Chunk, Context, measure_chunk
 
-RECORDS_AT_ONCE, PICTURES_AT_ONCE = 512, 256
+RECORDS_AT_ONCE = 512
 NEAR_DUPLICATE = 0.7
 """Jaccard similarity of content words from which two records of one picture say the same."""
 
@@ -44,6 +50,8 @@ class Measured:
     tally: Chunk = field(default_factory=Chunk)
     distinct: list[float] = field(default_factory=list)
     pictures: dict[str, Any] = field(default_factory=dict)
+    first_unreadable: str | None = None
+    """Why the first of the pictures that cannot be decoded cannot."""
     templates: dict[str, float] = field(default_factory=dict)
     """Question templates: how many different ones, and how many equally frequent ones would be as varied."""
     spread: dict[str, float] = field(default_factory=dict)
@@ -72,18 +80,16 @@ def measure(
         eval_texts, eval_images: files and folders of evaluation sets that the data must not hold.
 
     Raises:
-        DataError: a file cannot be read, or holds no record.
+        DataError: a file cannot be read, holds no record or none that is valid, or an evaluation set can find nothing.
     """
     out, context = Measured(path), Context(annotations)
-    seen = np.zeros(0, np.uint64)
+    if eval_texts:
+        context.eval_ngrams = np.unique(np.concatenate([eval_sequences(file) for file in eval_texts]))
     clock = time.perf_counter()
-    contaminated: dict[str, str] = {}
     if images is not None:
-        contaminated = _look(path, images, eval_images or [], context, out, workers=workers)
+        _look(path, images, eval_images or [], context, out, workers=workers)
     out.seconds["pictures"] = time.perf_counter() - clock
     clock = time.perf_counter()
-    if eval_texts:
-        context.eval_ngrams = np.unique(np.concatenate([seen, *(_eval_ngrams(file) for file in eval_texts)]))
     with tempfile.TemporaryDirectory(prefix="vlit-quality-") as name:
         folder = Path(name)
         spools = {"exact": Spool(folder, np.uint64), "keys": Spool(folder, np.uint64, 32)}
@@ -94,7 +100,7 @@ def measure(
         counters = [Distinct() for _ in range(3)]
         out.fields = {wanted: [] for wanted in FIELDS}
         number = 0
-        tasks = batches(iter_json_records(path), RECORDS_AT_ONCE)
+        tasks = batches(enumerate(iter_json_records(path)), RECORDS_AT_ONCE)
         for chunk in in_order(measure_chunk, tasks, context, workers=workers):
             for wanted, spool in spools.items():
                 spool.add(getattr(chunk, wanted))
@@ -107,21 +113,24 @@ def measure(
             number += size
             for counter, registers in zip(counters, chunk.distinct, strict=True):
                 counter.merge(registers)
-            _add(out.tally, chunk, number - size)
+            _add(out.tally, chunk)
         out.seconds["text"] = time.perf_counter() - clock
         clock = time.perf_counter()
         out.numbers = {wanted: np.concatenate(held) for wanted, held in parts.items()}
         out.distinct = [counter.count() for counter in counters]
         _compare(out, {wanted: spool.array() for wanted, spool in spools.items()}, near=near)
-    if images is not None and eval_images:
-        out.numbers["eval_image"] = np.array([image in contaminated for image in out.fields["image"]], np.float32)
+    if "readable" in out.numbers:
+        out.pictures["records_with_unreadable"] = int((out.numbers["readable"] < 1).sum())
     out.numbers["quality"] = quality_of(out.numbers)
     out.seconds["comparison"] = time.perf_counter() - clock
     return out
 
 
 def quality_of(numbers: dict[str, np.ndarray]) -> np.ndarray:
-    """*Ours*: mean of correctness (where measured), complexity and 1 - blind; 0 for a leak, duplicate or evaluation data."""
+    """*Ours*: mean of correctness (where measured), complexity and 1 - blind.
+
+    0 for a leak, a duplicate, evaluation data or a picture that cannot be decoded.
+    """
     columns = [numbers["complexity"], 1 - numbers["blind"]]
     if "correctness" in numbers:
         columns.append(numbers["correctness"])
@@ -131,14 +140,16 @@ def quality_of(numbers: dict[str, np.ndarray]) -> np.ndarray:
     for fault in ("leaks", "duplicate", "eval_text", "eval_image"):
         if fault in numbers:
             mean = np.where(numbers[fault] > 0, 0, mean)
+    if "readable" in numbers:
+        mean = np.where(numbers["readable"] < 1, 0, mean)
     return mean.astype(np.float32)
 
 
-def _add(tally: Chunk, chunk: Chunk, start: int) -> None:
-    for name in ("roots", "verdicts", "claims", "wrong"):
+def _add(tally: Chunk, chunk: Chunk) -> None:
+    for name in ("roots", "verdicts", "claims", "wrong", "ignored"):
         getattr(tally, name).update(getattr(chunk, name))
     tally.ngrams = [a + b for a, b in zip(tally.ngrams, chunk.ngrams, strict=True)]
-    tally.bad += [(start + place, reason) for place, reason in chunk.bad]
+    tally.bad += chunk.bad
 
 
 def _compare(out: Measured, held: dict[str, np.ndarray], *, near: float) -> None:
@@ -146,6 +157,8 @@ def _compare(out: Measured, held: dict[str, np.ndarray], *, near: float) -> None
     number = len(held["exact"])
     if not number:
         raise DataError(f"{out.path}: no records.")
+    if len(out.tally.bad) == number:
+        raise DataError(f"{out.path}: none of {number:,} records can be read. The first: {out.tally.bad[0][1]}")
     starts = np.r_[0, np.cumsum(held["lengths"])]
     _, first, back = np.unique(held["exact"], return_index=True, return_inverse=True)
     exact = first[back] != np.arange(number)
@@ -170,58 +183,28 @@ def _variety(hashes: np.ndarray) -> dict[str, float]:
     }
 
 
-def _look(
-    path: Path, root: Path, eval_folders: list[Path], context: Context, out: Measured, *, workers: int
-) -> dict[str, str]:
-    """Hash every distinct picture; fill ``context.same_image``; return pictures of evaluation sets."""
-    names = list(dict.fromkeys(_image_names(path)))
+def _look(path: Path, root: Path, eval_folders: list[Path], context: Context, out: Measured, *, workers: int) -> None:
+    """Hash every distinct picture; tell ``context`` which look the same, are unreadable, or are of evaluation sets."""
+    evaluations = [look_at_evaluation(folder, workers=workers) for folder in eval_folders]
+    names = list(dict.fromkeys(name for record in iter_shown(path) for name in record.pictures))
     looks = join(in_order(look_at, ((part, root) for part in batches(names, PICTURES_AT_ONCE)), workers=workers))
     first = earlier_of(len(names), same_within(looks))
     context.same_image = {names[row]: names[first[row]] for row in np.flatnonzero(first >= 0).tolist()}
-    found: dict[str, str] = {}
-    for folder in eval_folders:
-        theirs = pictures_below(folder)
-        parts = ((part, folder) for part in batches(theirs, PICTURES_AT_ONCE))
-        hits = same_across(looks, join(in_order(look_at, parts, workers=workers)))
-        found |= {names[row]: theirs[hits[row]] for row in np.flatnonzero(hits >= 0).tolist()}
+    context.unreadable = frozenset(names[row] for row in np.flatnonzero(~looks.known).tolist())
+    if context.unreadable:
+        out.first_unreadable = why(names[int(np.argmin(looks.known))], root)
+    found: set[str] = set()
+    for _, shown in evaluations:
+        found |= {names[row] for row in np.flatnonzero(same_across(looks, shown) >= 0).tolist()}
+    context.contaminated = frozenset(found) if evaluations else None
     out.pictures = {
         "distinct": len(names),
         "unreadable": int((~looks.known).sum()),
         "near_duplicates": len(context.same_image),
         "of_evaluation_sets": len(found),
     }
-    return found
-
-
-def _image_names(path: Path) -> Iterator[str]:
-    for raw in iter_json_records(path):
-        try:
-            value = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            shown = value.get("image") or value.get("images") or []
-            yield from (name for name in ([shown] if isinstance(shown, str) else shown) if isinstance(name, str))
-
-
-def _eval_ngrams(path: Path) -> np.ndarray:
-    """Hashes of all word sequences in the texts of an evaluation file, whatever its keys."""
-    held = []
-    for raw in iter_json_records(path):
-        try:
-            texts = list(_strings(orjson.loads(raw)))
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{path}: not JSON ({error}). Give evaluation questions as JSON or JSONL.") from error
-        held += [ngram_hashes(word_hashes(tokens(text)), CONTAMINATION_WORDS) for text in texts]
-    return np.unique(np.concatenate(held)) if held else np.zeros(0, np.uint64)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
+    if unknown := sum(int((~shown.known).sum()) for _, shown in evaluations):
+        out.pictures["unreadable_of_evaluation_sets"] = unknown
 
 
 def cores() -> int:

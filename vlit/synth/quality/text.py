@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from vlit.data.record import Record, from_json
+from vlit.data.record import KEYS, Record, from_json
 from vlit.errors import DataError
 from vlit.synth.quality.annotations import Annotations, region_names
 from vlit.synth.quality.correctness import CHECKS, agreement_of, leaks, yes_or_no
@@ -52,7 +52,9 @@ class Chunk:
     ngrams: list[int] = field(default_factory=lambda: [0, 0, 0])
     distinct: list[np.ndarray] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
-    """Place in the chunk and reason of records that cannot be read."""
+    """Row and reason of records that cannot be read."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Keys that are none of a record's, and how many records have them."""
 
 
 @dataclass
@@ -64,6 +66,10 @@ class Context:
     """Sorted hashes of the evaluation sets' word sequences."""
     same_image: dict[str, str] = field(default_factory=dict)
     """Picture -> the first picture that looks the same, where they differ."""
+    unreadable: frozenset[str] | None = None
+    """Pictures that cannot be decoded; None where pictures are not looked at."""
+    contaminated: frozenset[str] | None = None
+    """Pictures of evaluation sets; None where none were given."""
 
 
 class Said:
@@ -106,8 +112,26 @@ def template_of(question: list[str], labels: frozenset[str]) -> str:
     )
 
 
-def measure_chunk(raws: list[bytes], context: Context) -> Chunk:
-    """Measure raw records; a record that cannot be read is listed and has NaN in every column."""
+def read_record(row: int, raw: bytes) -> tuple[Record, list[str]]:
+    """The record of a line as the ``llava`` format reads it, and the keys of the line that are none of a record's.
+
+    A record without an id gets its row.
+
+    Raises:
+        DataError: not JSON, or names the field that is missing or of the wrong kind.
+    """
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"the record is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        return from_json(value), []
+    known = {key: value[key] for key in KEYS if value.get(key) is not None}
+    return from_json({"id": str(row)} | known), [key for key in value if key not in KEYS]
+
+
+def measure_chunk(raws: list[tuple[int, bytes]], context: Context) -> Chunk:
+    """Measure raw records with their rows; a record that cannot be read is listed and has NaN in every column."""
     chunk = Chunk()
     rows: list[dict[str, float]] = []
     fields: dict[str, list[str]] = {name: [] for name in FIELDS}
@@ -116,20 +140,21 @@ def measure_chunk(raws: list[bytes], context: Context) -> Chunk:
     templates, answers = array("Q"), array("Q")
     said = Said()
     labels = frozenset(context.annotations.things and _label_words(context.annotations) if context.annotations else ())
-    for place, raw in enumerate(raws):
+    for place, (number, raw) in enumerate(raws):
         try:
-            record = from_json(orjson.loads(raw))
-        except (DataError, orjson.JSONDecodeError) as error:
-            chunk.bad.append((place, str(error)))
+            record, extra = read_record(number, raw)
+        except DataError as error:
+            chunk.bad.append((number, str(error)))
             rows.append({})
-            exact.append(hash_text(f"bad {place}"))
+            exact.append(hash_text(f"bad {number}"))
             sets.append(np.array([hash_text(raw.decode(errors="replace"))], np.uint64))
             for name in FIELDS:
                 fields[name].append("")
             continue
         said.owner = place
+        chunk.ignored.update(extra)
         row, words = _texts(record, chunk, said, templates, answers, labels)
-        rows.append(row | _agreement(record, chunk, context))
+        rows.append(row | _agreement(record, chunk, context) | _pictures(record, context))
         for name, value in _fields(record, context).items():
             fields[name].append(value)
         shown = [context.same_image.get(image, image) for image in record.images]
@@ -228,7 +253,19 @@ def _agreement(record: Record, chunk: Chunk, context: Context) -> dict[str, floa
     chunk.claims += found.claims
     chunk.wrong += found.wrong
     wrong = {f"wrong_{check}": float(found.wrong[check]) for check in CHECKS}
-    return {"correctness": found.share, "claims": float(sum(found.claims.values())), **wrong}
+    told = float(known.of(record) is not None)
+    return {"annotated": told, "correctness": found.share, "claims": float(sum(found.claims.values())), **wrong}
+
+
+def _pictures(record: Record, context: Context) -> dict[str, float]:
+    """Share of the pictures that can be decoded (NaN without any), and whether one of them is of an evaluation set."""
+    found: dict[str, float] = {}
+    if context.unreadable is not None:
+        held = [image not in context.unreadable for image in record.images]
+        found["readable"] = sum(held) / len(held) if held else float("nan")
+    if context.contaminated is not None:
+        found["eval_image"] = float(any(image in context.contaminated for image in record.images))
+    return found
 
 
 def _fields(record: Record, context: Context) -> dict[str, str]:

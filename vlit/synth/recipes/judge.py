@@ -8,7 +8,6 @@ as ``judged``, the share of answers that the judge agrees with.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -16,6 +15,7 @@ from pydantic import Field
 from vlit.data.record import Record, from_json, read_records
 from vlit.errors import ConfigError
 from vlit.registry import RECIPES
+from vlit.synth.engine.client import PICTURE, picture_files
 from vlit.synth.engine.parse import Rejected, shorten, text_of
 from vlit.synth.engine.prompts import read_prompt
 from vlit.synth.engine.recipe import Inputs, RecipeConfig, items_of
@@ -31,6 +31,7 @@ class JudgeRecipe(RecipeConfig):
     """Finished records, each answer judged by a (vision) teacher other than the one that wrote it."""
 
     type: str = "judge"
+    is_author = False
     max_tokens: Annotated[int, Field(ge=16)] = 600
     """Of one reply."""
 
@@ -43,14 +44,17 @@ class JudgeRecipe(RecipeConfig):
     def stages(self, inputs: Inputs) -> list[Stage]:
         prompt = read_prompt("judge/verdicts", own=self.prompts)
 
-        def ask(item: Item) -> Ask:
+        def ask(item: Item) -> Ask | None:
             record = from_json(item)
-            pictures = [str(Path(inputs.images) / name) for name in record.images]
+            pictures, refused = picture_files(record.images, inputs.images)
+            if refused:
+                return None
             return Ask("judge", prompt.messages(pictures, exchanges=exchanges_text(record)), self.max_tokens, item)
 
         def finish(item: Item, reply: Reply | None) -> list[Item]:
-            assert reply is not None
             record = from_json(item)
+            if reply is None:
+                raise Rejected(PICTURE, picture_files(record.images, inputs.images)[1])
             reasons = read_verdicts(text_of(reply), answers=sum(turn.role == "assistant" for turn in record.turns))
             against = {str(number): reason for number, reason in reasons.items() if reason is not None}
             judge: dict[str, Any] = {"agree": len(reasons) - len(against), "of": len(reasons), "prompt": prompt.version}

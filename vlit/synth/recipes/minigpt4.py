@@ -8,12 +8,12 @@ paper then checks by hand: ``vlit synth review`` is for that.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from vlit.registry import RECIPES
+from vlit.synth.engine.client import PICTURE, picture_files
 from vlit.synth.engine.parse import Rejected, check_answer, text_of
 from vlit.synth.engine.prompts import read_list, read_prompt
 from vlit.synth.engine.recipe import Inputs, RecipeConfig, random_for, record_item
@@ -62,22 +62,27 @@ class MiniGPT4Recipe(RecipeConfig):
         first, more, edit = (read_prompt(f"minigpt4/{n}", own=self.prompts) for n in ("caption", "continue", "refine"))
         instructions, instructions_version = read_list("minigpt4/instructions", own=self.prompts)
 
-        def picture(item: Item) -> list[str]:
-            return [str(Path(inputs.images) / item["image"])]
+        def picture(item: Item) -> tuple[list[str], str]:
+            return picture_files([item["image"]], inputs.images)
 
         def is_short(item: Item) -> bool:
             return len(item["text"].encode()) / BYTES_PER_TOKEN < self.min_tokens
 
-        def ask_caption(item: Item) -> Ask:
-            return Ask("caption", first.messages(picture(item)), self.max_tokens, item)
+        def ask_caption(item: Item) -> Ask | None:
+            files, refused = picture(item)
+            return None if refused else Ask("caption", first.messages(files), self.max_tokens, item)
+
+        def captioned(item: Item, reply: Reply | None) -> list[Item]:
+            if reply is None:
+                raise Rejected(PICTURE, picture(item)[1])
+            return said(item, reply)
 
         def ask_more(item: Item) -> Ask | None:
+            files, refused = picture(item)
+            if refused or not is_short(item):
+                return None
             facts = {key: value for key, value in item.items() if key != "text"}
-            return (
-                Ask("continue", more.messages(picture(item), text=item["text"]), self.max_tokens, facts)
-                if is_short(item)
-                else None
-            )
+            return Ask("continue", more.messages(files, text=item["text"]), self.max_tokens, facts)
 
         def join(item: Item, reply: Reply | None) -> list[Item]:
             try:
@@ -104,7 +109,9 @@ class MiniGPT4Recipe(RecipeConfig):
 
         rules = self.version(instructions_version, str(inputs.seed))
         return [
-            AskEach("caption", self.version(first.version), ask_caption, said, role="vision", likely_tokens_out=120),
+            AskEach(
+                "caption", self.version(first.version), ask_caption, captioned, role="vision", likely_tokens_out=120
+            ),
             AskEach(
                 "continue", self.version(more.version), ask_more, join, role="vision", likely_tokens_out=100, draws=1
             ),

@@ -8,13 +8,13 @@ each question. The 24 domains and all seeds are our own selection (``prompts/mmi
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from vlit.errors import ConfigError, did_you_mean
 from vlit.registry import RECIPES
+from vlit.synth.engine.client import PICTURE, picture_files
 from vlit.synth.engine.parse import LETTERS, Pair, Rejected, check_answer, read_pairs, text_of
 from vlit.synth.engine.prompts import read_groups, read_list, read_prompt
 from vlit.synth.engine.recipe import Inputs, RecipeConfig, random_for, record_item
@@ -58,12 +58,15 @@ class MMInstructRecipe(RecipeConfig):
         formats = {kind: read_list(f"format/{name}", own=self.prompts) for kind, name in named.items()}
         domains = self._domains(list(groups), inputs)
 
-        def ask_caption(item: Item) -> Ask:
-            picture = [str(Path(inputs.images) / item["image"])]
+        def ask_caption(item: Item) -> Ask | None:
+            picture, refused = picture_files([item["image"]], inputs.images)
+            if refused:
+                return None
             return Ask("caption", describe.messages(picture), self.max_caption_tokens, item)
 
         def captioned(item: Item, reply: Reply | None) -> list[Item]:
-            assert reply is not None
+            if reply is None:
+                raise Rejected(PICTURE, picture_files([item["image"]], inputs.images)[1])
             return [item | {"caption": text_of(reply)}]
 
         def draw(item: Item) -> list[Item]:

@@ -8,16 +8,20 @@ For every record the most similar others of the same kind are found, by the text
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from vlit.data.record import Record, from_json, read_records, to_json
-from vlit.errors import ConfigError
+from vlit.errors import ConfigError, DataError
 from vlit.registry import RECIPES
+from vlit.synth.engine.client import PICTURE, picture_files
+from vlit.synth.engine.parse import Rejected
 from vlit.synth.engine.recipe import Inputs, RecipeConfig, items_of
 from vlit.synth.engine.similarity import average_hashes, clip_features, neighbours, tfidf
-from vlit.synth.engine.stages import Item, Stage, Whole
+from vlit.synth.engine.stages import Each, Item, Stage, Whole
+from vlit.synth.engine.teacher import open_picture
 from vlit.types import Turn
 
 
@@ -54,26 +58,44 @@ class OtterRecipe(RecipeConfig):
         if self.by == "clip" and not self.clip:
             raise ConfigError("recipe.clip: by is clip, but no CLIP folder is given.")
 
+        def look(item: Item) -> list[Item]:
+            files, refused = picture_files([item["image"]], inputs.images)
+            if refused:
+                raise Rejected(PICTURE, refused)
+            try:
+                open_picture(files[0])
+            except DataError as error:
+                raise Rejected(PICTURE, str(error)) from error
+            return [item]
+
         def build(items: list[Item]) -> list[Item]:
-            records = [from_json(item) for item in items]
-            pictures = [str(inputs.images / record.images[0]) for record in records]
-            if self.by == "text":
-                features = tfidf(
-                    [" ".join(t.text for t in r.turns if t.role == "user").replace("<image>", "") for r in records]
-                )
-            elif self.by == "image_hash":
-                features = average_hashes(pictures)
-            else:
-                features = clip_features(pictures, self.clip)
+            records, features = self._features([from_json(item) for item in items], inputs)
             groups = [(record.kind or "") for record in records]
-            near = neighbours(features, groups=groups, owners=pictures, count=self.examples)
+            owners = [str(inputs.images / record.images[0]) for record in records]
+            near = neighbours(features, groups=groups, owners=owners, count=self.examples)
             return [
                 to_json(in_context(record, [records[n] for n in numbers], self))
                 for record, numbers in zip(records, near, strict=True)
                 if numbers
             ]
 
-        return [Whole("sets", self.version(), build)]
+        sets = Whole("sets", self.version(), build)
+        return [sets] if self.by == "text" else [Each("pictures", self.version(), look), sets]
+
+    def _features(self, records: list[Record], inputs: Inputs) -> tuple[list[Record], Any]:
+        """Records and a row for each of them; those whose picture is damaged since it was looked at are left out."""
+        if self.by == "text":
+            said = (" ".join(t.text for t in r.turns if t.role == "user").replace("<image>", "") for r in records)
+            return records, tfidf(list(said))
+        found = [(record, files[0]) for record in records if (files := picture_files(record.images, inputs.images)[0])]
+        if not found:
+            return [], np.zeros((0, 1), np.float32)
+        paths = [path for _, path in found]
+        rows = average_hashes(paths) if self.by == "image_hash" else clip_features(paths, self.clip)
+        known = np.flatnonzero(~np.isnan(rows).any(axis=1))
+        if lost := len(records) - len(known):
+            print(f"synth: {lost} of {len(records)} pictures cannot be read any more; left out", file=sys.stderr)
+        return [found[row][0] for row in known], rows[known]
 
 
 def in_context(record: Record, examples: list[Record], recipe: OtterRecipe) -> Record:

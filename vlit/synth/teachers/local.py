@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import Field
 from vlit.config.component import ComponentConfig
 from vlit.errors import ConfigError
 from vlit.registry import TEACHERS
-from vlit.synth.engine.teacher import Ask, BrokenReply, Limits, Reply, Teacher
+from vlit.synth.engine.teacher import Ask, BrokenReply, Limits, Reply, Teacher, open_picture
 from vlit.types import IMAGE_PLACEHOLDER, Turn
 
 
@@ -78,6 +79,11 @@ class LocalTeacher(Teacher):
             text = self._loaded(ask, temperature, min(ask.max_tokens, self.config.max_new_tokens))
         return json.dumps({"text": text})
 
+    def ready(self, ask: Ask) -> Callable[[], str]:
+        for path in (image for message in ask.messages for image in message.images):
+            open_picture(path)
+        return super().ready(ask)
+
     def read(self, body: str) -> Reply:
         try:
             return Reply(json.loads(body)["text"])
@@ -131,7 +137,7 @@ def _transformers(config: LocalConfig, device: str, *, with_pictures: bool) -> A
         chat: list[dict[str, Any]] = [{"role": m.role, "content": m.text} for m in ask.messages]
         if with_pictures:
             for row, message in zip(chat, ask.messages, strict=True):
-                pictures = [{"type": "image", "path": path} for path in message.images]
+                pictures = [{"type": "image", "image": open_picture(path)} for path in message.images]
                 row["content"] = [*pictures, {"type": "text", "text": message.text}]
         inputs = reader.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

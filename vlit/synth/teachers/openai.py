@@ -14,7 +14,8 @@ import json
 import os
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -23,7 +24,17 @@ from pydantic import Field
 from vlit.config.component import ComponentConfig
 from vlit.errors import ConfigError
 from vlit.registry import TEACHERS
-from vlit.synth.engine.teacher import Ask, BrokenReply, Declined, Limits, Message, Reply, SendFailed, Teacher
+from vlit.synth.engine.teacher import (
+    Ask,
+    BrokenReply,
+    Declined,
+    Limits,
+    Message,
+    Reply,
+    SendFailed,
+    Teacher,
+    open_picture,
+)
 
 Positive = Annotated[float, Field(gt=0)]
 Price = Annotated[float, Field(ge=0)]
@@ -127,7 +138,7 @@ class OpenAITeacher(Teacher):
         return {"type": "openai"} | {name: getattr(self.config, name) for name in names}
 
     def payload(self, ask: Ask) -> dict[str, Any]:
-        """The request as JSON."""
+        """The request as JSON. DataError: a picture cannot be decoded."""
         config = self.config
         body: dict[str, Any] = {
             "model": config.model,
@@ -150,12 +161,18 @@ class OpenAITeacher(Teacher):
         return parts
 
     def send(self, ask: Ask) -> str:
+        return self.ready(ask)()
+
+    def ready(self, ask: Ask) -> Callable[[], str]:
+        return partial(self._post, self.payload(ask), self.key(ask))
+
+    def _post(self, payload: dict[str, Any], key: str) -> str:
         import httpx
 
-        named = {"Idempotency-Key": self.key(ask)}  # an endpoint that knows it charges a repeated request once
+        named = {"Idempotency-Key": key}  # an endpoint that knows it charges a repeated request once
         deadline = _Deadline(self.config.timeout_s)
         try:
-            with self._http.stream("POST", self._url, json=self.payload(ask), headers=named) as answer:
+            with self._http.stream("POST", self._url, json=payload, headers=named) as answer:
                 chunks = []
                 for chunk in answer.iter_bytes():
                     chunks.append(chunk)
@@ -256,11 +273,7 @@ _DECODING = threading.Semaphore(4)
 
 
 def _jpeg(path: str, longest_side: int) -> str:
-    from PIL import Image, ImageOps
-
-    with _DECODING, Image.open(Path(path)) as picture:
-        shown = ImageOps.exif_transpose(picture).convert("RGB")
-        shown.thumbnail((longest_side, longest_side))
-        file = io.BytesIO()
-        shown.save(file, "JPEG", quality=90)
+    file = io.BytesIO()
+    with _DECODING:
+        open_picture(path, longest_side=longest_side).save(file, "JPEG", quality=90)
     return base64.b64encode(file.getvalue()).decode()
