@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlit.errors import VlitError
-from vlit.train import saving, stage
+from vlit.train import prepare, saving, stage
 from vlit.train.engine import Engine
 from vlit.types import StepBatch
 
@@ -33,6 +33,8 @@ class Hook:
     """``gradient``, ``projector`` or ``pixels`` of rank 1 become NaN in the spoilt steps; ``skip``: all ranks discard them."""
     steps: tuple[int, ...] = ()
     """The spoilt steps."""
+    other_weights: bool = False
+    """Rank 1 loads other weights of the language model, as from an older copy of its folder."""
     no_disk_after: int = 0
     """Rank 1 cannot write anything to the disk from this step on, not even a note."""
 
@@ -43,7 +45,7 @@ class Hook:
 @contextmanager
 def installed(hook: Hook) -> Iterator[None]:
     """Around one run."""
-    real, real_share = stage.train_step, saving.write_share
+    real, real_share, real_load = stage.train_step, saving.write_share, prepare._load
     real_failure = saving.write_failure
 
     def step(engine: Engine, batch: StepBatch, **words: Any) -> Any:
@@ -62,10 +64,20 @@ def installed(hook: Hook) -> Iterator[None]:
             raise Stopped(f"after step {number}")
         return result
 
+    def load(*words: Any) -> Any:
+        tuned = real_load(*words)
+        if torch.distributed.get_rank() == 1:
+            with torch.no_grad():
+                next(tuned.model.llm.hf.parameters()).add_(1e-3)
+        return tuned
+
     stage.train_step = step
+    if hook.other_weights:
+        prepare._load = load
     try:
         yield
     finally:
+        prepare._load = real_load
         stage.train_step, saving.write_share, saving.write_failure = real, real_share, real_failure
 
 

@@ -256,6 +256,32 @@ def test_a_finished_stage_of_another_dataset_preprocessing_or_template_is_refuse
     run_training(tiny_run(tiny_dir, out, *short))
 
 
+def test_another_mixture_of_the_same_datasets_is_refused_with_the_difference(tiny_dir: Path, tmp_path: Path):
+    """Shares, and weights that change places, are as much a part of what was trained as the files are."""
+    rows = json.loads((write_dataset(tiny_dir / "dataset")).read_text())
+    (tmp_path / "b.json").write_text(json.dumps(rows[::2]))
+
+    def mixed(first: str, second: str) -> tuple[str, ...]:
+        folder = tiny_dir / "dataset"
+        sources = f"[{{path: {folder}/data.json, {first}}}, {{path: {tmp_path}/b.json, images: {folder}, {second}}}]"
+        return "stages.align.max_steps=1", "stages.instruct=null", f"stages.align.data={sources}"
+
+    for number, (before, after, named) in enumerate(
+        (
+            (("share: 0.5", "share: 0.5"), ("share: 0.9", "share: 0.1"), r"'share': 0\.5.* -> .*'share': 0\.9"),
+            (
+                ("weight: 0.25", "weight: 1"),
+                ("weight: 1", "weight: 0.25"),
+                r"'weight': 0\.25.* -> .*'weight': 1\.0.*0\.25",
+            ),
+        )
+    ):
+        run_training(tiny_run(tiny_dir, tmp_path / str(number), *mixed(*before)))
+        with pytest.raises(CheckpointError, match=rf"(?s){named}.*allow_config_drift"):
+            run_training(tiny_run(tiny_dir, tmp_path / str(number), *mixed(*after)))
+        run_training(tiny_run(tiny_dir, tmp_path / str(number), *mixed(*before)))
+
+
 def test_a_tokenizer_that_would_tokenize_differently_has_another_fingerprint(tmp_path: Path):
     from transformers import AutoTokenizer
 

@@ -43,7 +43,10 @@ def stage_identity(
     config = run.stages[stage].model_dump(mode="json")
     for free in FREE:
         config.pop(free)
-    config["data"] = [{k: s[k] for k in ("weight", "max_records", "format")} for s in config["data"]]
+    config["data"] = [
+        {"name": source.name, **{key: given[key] for key in ("weight", "share", "max_records", "format")}}
+        for given, source in zip(config["data"], mixture.sources, strict=True)
+    ]
     data = run.data_for(stage).model_dump(mode="json")
     return {
         "model": run.model.model_dump(mode="json"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from vlit.config.schema import PartTuning, RunConfig
+from vlit.errors import TrainingError
 from vlit.models.artifact import check_same_parts, fingerprints, load_model, model_config, read_manifest
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.flops import UsefulFlops
@@ -65,10 +66,23 @@ def model_of_stage(
         shard(tuned.model, ranks, deepspeed_config(run.runtime, dtype, on_cpu=ranks.device.type == "cpu"))
     else:
         tuned = load()
+        _same_on_all(tuned.unchanged, ranks)
     tuned.model.to(ranks.device)
     if ranks.is_main:
         print(f"model loaded in {time.perf_counter() - started:.1f}s", file=sys.stderr)
     return tuned
+
+
+def _same_on_all(fingerprints: dict[str, str], ranks: Ranks) -> None:
+    """TrainingError on every rank when one of them read other weights than rank 0, as from an older copy of a model."""
+    first, *others = ranks.gather(fingerprints)
+    for part, expected in first.items():
+        wrong = [rank for rank, held in enumerate(others, start=1) if held.get(part) != expected]
+        if wrong:
+            raise TrainingError(
+                f"{part}: rank {', '.join(map(str, wrong))} read other weights than rank 0 (fingerprints "
+                f"{others[wrong[0] - 1].get(part, 'none')[:12]} and {expected[:12]}). Give all machines the same model files."
+            )
 
 
 def make_engine(tuned: Tuned, run: RunConfig, name: str, dtype: torch.dtype, strategy: str, ranks: Ranks) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,16 +83,25 @@ class Validator:
                 summed[0] += engine.loss(row.to(model.device)).per_position.sum()
                 summed[1] += batch.num_label_tokens
         total, labels = self.ranks.sum(summed).tolist()
-        # ranks that share the weights must generate together; otherwise rank 0 is enough
-        samples = self._answers(model) if engine.lockstep or self.ranks.is_main else []
+        samples = self._answers(model, together=engine.lockstep)
         model.train(was_training)
         return {"loss": total / labels if labels else math.nan, "label_tokens": int(labels), "samples": samples}
 
-    def _answers(self, model: VisionLanguageModel) -> list[dict[str, Any]]:
-        if not self.shown:
+    def _answers(self, model: VisionLanguageModel, *, together: bool) -> list[dict[str, Any]]:
+        """Answers to all shown records. Ranks that share the weights generate all ``together``, others deal them out."""
+        if together:
+            return self._generate(model, self.shown)
+        ranks = self.ranks
+        dealt = ranks.gather(self._generate(model, self.shown[ranks.rank :: ranks.world_size]))
+        return [dealt[number % len(dealt)][number // len(dealt)] for number in range(len(self.shown))]
+
+    def _generate(
+        self, model: VisionLanguageModel, shown: Sequence[tuple[Sample, RecordSource]]
+    ) -> list[dict[str, Any]]:
+        if not shown:
             return []
         requests, rows = [], []
-        for sample, source in self.shown:
+        for sample, source in shown:
             turns = sample.turns
             first_answer = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
             asked = turns[:first_answer]

@@ -81,7 +81,7 @@ class MiniGPT4Recipe(RecipeConfig):
             files, refused = picture(item)
             if refused or not is_short(item):
                 return None
-            facts = {key: value for key, value in item.items() if key != "text"}
+            facts = {key: value for key, value in item.items() if key not in ("text", "license")}
             return Ask("continue", more.messages(files, text=item["text"]), self.max_tokens, facts)
 
         def join(item: Item, reply: Reply | None) -> list[Item]:
