@@ -236,6 +236,16 @@ def test_an_evaluation_folder_that_can_find_nothing_is_an_error(tmp_path: Path) 
     assert card["diversity"]["pictures"]["unreadable_of_evaluation_sets"] == 1
 
 
+def test_a_later_picture_of_a_record_is_compared_with_evaluation_sets_too(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\n<image>\nWhich?"}, {"from": "gpt", "value": "Both."}]
+    path = write_data(tmp_path, more={3: {"image": ["train/3.png", "train/2.png"], "conversations": turns}})
+    folder = tmp_path / "test"
+    folder.mkdir()
+    Image.open(tmp_path / "images/train/2.png").save(folder / "b.png")
+    card = measure_quality(path, eval_images=[folder], keep=["uncontaminated"], workers=1)
+    assert card["kept"]["reasons"] == {"eval_image==0": 2}  # records 2 and 3
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
