@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from vlit.config.load import load_config
-from vlit.errors import TrainingError
+from vlit.errors import CheckpointError, TrainingError
 from vlit.train.cluster import facts
 from vlit.train.cluster.preflight import data_identities, preflight
 from vlit.train.distributed import start_ranks
@@ -35,7 +35,7 @@ arguments: dict[str, Any] = {}
 
 @contextmanager
 def fault(case: str) -> Iterator[None]:
-    """Put the fault of a case into rank 1 (or, for room on disk, into all)."""
+    """Put the fault of a case into rank 1 (or, for room on disk and memory, into all)."""
     global arguments
     arguments = {"run": run, "ranks": ranks, "identities": dict(identities), "problems": list(problems)}
     true_versions, true_machine, true_gather = facts.versions(), facts.machine_facts, torch.distributed.all_gather
@@ -59,9 +59,14 @@ def fault(case: str) -> Iterator[None]:
         arguments["problems"] = ["mix665k.json: no such file."]
         arguments["identities"]["align/colours"] = "0123456789"
     elif case == "disk":
-        arguments["needed_bytes"] = 10**18
+        align = run.stages["align"]
+        checkpoint = align.checkpoint.model_copy(update={"keep": 10**12})
+        stages = run.stages | {"align": align.model_copy(update={"checkpoint": checkpoint})}
+        arguments["run"] = run.model_copy(update={"stages": stages})
     elif case == "memory":
-        arguments["memory_bytes"] = 10**15
+        llm = run.model.llm.model_copy(update={"path": str(folder / "giant")})
+        model = run.model.model_copy(update={"llm": llm})
+        arguments["run"] = run.model_copy(update={"model": model, "stages": {"align": run.stages["align"]}})
     elif case == "shm" and odd:
         small = {"shm_free": 64 << 20, "shm_needed": 1 << 30, "workers": 8}
         host = {"host": "node17"}
@@ -119,6 +124,6 @@ for case in cases:
                 arguments["run"] = run.model_copy(update=update)
             report = preflight(**arguments)
             told[case] = f"{report} | {' | '.join(report.warnings)}"
-        except TrainingError as error:
-            told[case] = f"TrainingError: {error}"
+        except (TrainingError, CheckpointError) as error:
+            told[case] = f"{type(error).__name__}: {error}"
     (folder / f"told-{ranks.rank}.json").write_text(json.dumps(told))

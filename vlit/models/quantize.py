@@ -10,6 +10,7 @@ a model folder names the same base whether it is loaded quantised or not.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,7 +118,15 @@ def quantise_decoder(hf: Any, mode: Mode, *, dtype: torch.dtype) -> None:
     bnb = _bitsandbytes()
     for name, layer in layers.items():
         hf.get_decoder().set_submodule(name, _quantised(bnb, layer, mode, dtype))
+    _forget_empty_tables()
     setattr(hf, f"is_loaded_in_{mode}", True)  # peft chooses its adapter classes by this
+
+
+def _forget_empty_tables() -> None:
+    """Drop what bitsandbytes keeps of the first tensor it quantised, where that was on the meta device: it holds no values."""
+    tables = getattr(sys.modules.get("bitsandbytes.functional"), "name2qmap", {})
+    for name in [name for name, table in tables.items() if table.is_meta]:
+        del tables[name]
 
 
 def _quantised(bnb: Any, layer: nn.Linear, mode: Mode, dtype: torch.dtype) -> nn.Module:

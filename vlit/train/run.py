@@ -17,7 +17,6 @@ from vlit.config.schema import RunConfig, StageConfig
 from vlit.data.tokenize import SampleTokenizer
 from vlit.data.vocabulary import fingerprint_of
 from vlit.durable import (
-    bytes_below,
     describe_os_error,
     free_bytes,
     plain,
@@ -33,6 +32,7 @@ from vlit.models.flops import matmul_peak
 from vlit.train.announce import print_parts, write_plan
 from vlit.train.checkpoint import Position, check_identity
 from vlit.train.cluster.lock import OutputLock
+from vlit.train.cluster.needs import left_by_earlier_start, room_of
 from vlit.train.cluster.preflight import data_identities, preflight
 from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import Ranks, compute_dtype, effective_strategy, start_ranks
@@ -81,7 +81,7 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
         watchdog.phase("preflight", allow_s=WITHOUT_LIMIT)
         # one process meets a bad dataset below, as the DataError it is
         identities, problems = data_identities(run, ranks) if ranks.world_size > 1 else ({}, [])
-        preflight(run, ranks, identities=identities, problems=problems)
+        preflight(run, ranks, identities=identities, problems=problems, only=only)
     identity: Any = None
     folder: Path | None = None
     for name in run.stages:
@@ -151,16 +151,10 @@ def _check_room(folder: Path, tuned: Tuned, config: StageConfig) -> None:
 
     What an earlier start of the stage left counts as room: its checkpoints are among those that are kept.
     """
-    state = 12 * sum(row.trainable for row in tuned.rows)  # fp32 master and two optimizer states
-    model = sum(4 * row.parameters for row in tuned.rows if row.trainable)
-    needed = state * (config.checkpoint.keep + 1) + model
-    free = free_bytes(folder) + bytes_below(folder / "state") + bytes_below(folder / "model")
-    if free < needed:
-        raise CheckpointError(
-            f"{folder}: {config.checkpoint.keep} checkpoints of {state / 1e9:,.2f} GB, one being written and the model need "
-            f"{needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free. Free some space, set checkpoint.keep lower, or use "
-            "another output_dir."
-        )
+    room = room_of(folder.name, config, tuned.rows, tuned.changed)
+    problem = room.problem(folder, free_bytes(folder) + left_by_earlier_start(folder))
+    if problem is not None:
+        raise CheckpointError(problem)
 
 
 def _finish(

@@ -11,7 +11,7 @@ MAX_CLOCK_SKEW_S = 60.0
 GB = 10**9
 
 
-def problems_of(facts: Sequence[Facts], *, output_dir: str, needed_bytes: int) -> list[str]:
+def problems_of(facts: Sequence[Facts]) -> list[str]:
     """Everything that must be mended before the run, one sentence each with both values and the fix."""
     found: list[str] = []
     for package in dict.fromkeys(name for f in facts for name in f["versions"]):
@@ -33,13 +33,7 @@ def problems_of(facts: Sequence[Facts], *, output_dir: str, needed_bytes: int) -
             "Copy the same file to every host, or put it on a shared file system.",
         )
     for host, members in _by_host(facts).items():
-        free, first = members[0]["output_free"], members[0]
-        if free is not None and free < needed_bytes:
-            found.append(
-                f"output_dir {output_dir} on host {host}: the checkpoints and the model need {size(needed_bytes)} "
-                f"({needed_bytes} bytes), {size(free)} ({free} bytes) are free. Free space, lower checkpoint.keep, or set "
-                "output_dir to a larger disk."
-            )
+        first = members[0]
         shm_needed = sum(f["shm_needed"] for f in members)
         if first["shm_free"] is not None and first["shm_free"] < shm_needed:
             found.append(

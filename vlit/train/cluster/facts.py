@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import socket
+import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 
 from vlit import __version__
-from vlit.config.schema import RunConfig
+from vlit.config.schema import OffloadConfig, RunConfig
 from vlit.data.cache import cache_folder
 from vlit.data.load import resolve_num_workers
 from vlit.train.distributed import Ranks, compute_dtype
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors", "numpy", "triton")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "numpy", "triton",
+    "pillow", "torchvision", "timm", "open_clip_torch",
+)  # fmt: skip
 LOCAL_KEYS = ("data.cache_dir", "data.num_workers", "runtime.num_threads")
 """Configuration that may differ between the processes of a run without changing what they compute."""
 ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
@@ -103,6 +107,22 @@ def machine_facts(run: RunConfig, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def offload_problems(offload: OffloadConfig) -> list[str]:
+    """What keeps this process from writing where it is to offload."""
+    if offload.nvme_path is None or "nvme" not in (offload.optimizer, offload.parameters):
+        return []
+    try:
+        with tempfile.TemporaryFile(dir=offload.nvme_path) as file:
+            file.write(b"vlit")
+    except OSError as error:
+        return [
+            f"runtime.offload.nvme_path {offload.nvme_path}: cannot be written by user {os.getuid()} "
+            f"({error.strerror or error}). Name a folder on a fast local disk that is there and writable on every host, or set "
+            "runtime.offload to cpu."
+        ]
+    return []
+
+
 def config_leaves(run: RunConfig) -> dict[str, Any]:
     """Dotted key -> value of the configuration, without what may differ between machines."""
     found: dict[str, Any] = {}
@@ -136,8 +156,15 @@ def _ram() -> tuple[int, int]:
 
     memory = psutil.virtual_memory()
     free, total = int(memory.available), int(memory.total)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text()) - _cached_files(group / "memory.stat")
         free, total = min(free, max(0, limit - used)), min(total, limit)
     return free, total
+
+
+def _cached_files(path: Path) -> int:
+    """Bytes of files that a container holds in memory and gives up when it needs room."""
+    counts = dict(line.split() for line in path.read_text().splitlines())
+    return int(counts["active_file"]) + int(counts["inactive_file"])

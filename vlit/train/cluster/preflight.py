@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from vlit.config.schema import RunConfig
-from vlit.errors import TrainingError, VlitError
+from vlit.errors import CheckpointError, TrainingError, VlitError
 from vlit.train.cluster import collectives, comparison, facts
 from vlit.train.cluster.comparison import ranks_text, size
 from vlit.train.cluster.meeting import Meeting
+from vlit.train.cluster.needs import Needs, StageNeed, needs_of, process_bytes
 from vlit.train.distributed import Ranks
 from vlit.train.identity import open_mixture
 
@@ -57,8 +58,7 @@ def preflight(
     *,
     identities: Mapping[str, Any],
     problems: Sequence[str] = (),
-    needed_bytes: int = 0,
-    memory_bytes: int = 0,
+    only: str | None = None,
     timeout_s: float = 300.0,
     collective_timeout_s: float = 60.0,
 ) -> PreflightReport:
@@ -67,34 +67,38 @@ def preflight(
     Args:
         identities: dataset name -> content hash, as this rank sees them (:func:`data_identities`).
         problems: what this rank already found wrong, so that the others hear of it and do not wait.
-        needed_bytes: room that checkpoints and the model take in ``output_dir``.
-        memory_bytes: device memory a process needs at least; too little is a warning.
+        only: the one stage that will be trained; default: every stage that is not finished.
         timeout_s: how long the ranks wait for the last one to arrive.
         collective_timeout_s: how long one small collective may take.
 
     Raises:
         TrainingError: on every rank, with everything that has to be mended.
+        CheckpointError: instead, when all that is wrong is a disk that is too small.
     """
     started, store = time.perf_counter(), Meeting(ranks, "preflight")
+    needs = needs_of(run, ranks, only)
     with _probe(Path(run.output_dir), ranks) as probe_problem:
         mine: dict[str, Any] = {"rank": ranks.rank, "host": socket.gethostname()}
         try:
             mine = facts.gather_facts(run, ranks, identities)
-            mine["problems"] = [*problems, *probe_problem]
+            mine["problems"] = [
+                *problems,
+                *probe_problem,
+                *needs.problems,
+                *facts.offload_problems(run.runtime.offload),
+            ]
         except Exception as error:  # an error of one rank is everybody's, or they would wait for it
             mine["problems"] = [f"facts cannot be gathered: {type(error).__name__}: {error}"]
         store.publish("config", facts.config_leaves(run))
         gathered = store.gather("facts", mine, timeout_s)
-        verdict = store.decide(
-            "compared", lambda: _compare(gathered, store, run, needed_bytes), timeout_s=timeout_s + 30
-        )
-        _raise(verdict["problems"], ranks, verdict["spokesmen"])
+        verdict = store.decide("compared", lambda: _compare(gathered, store, run, needs), timeout_s=timeout_s + 30)
+        _raise(verdict, ranks)
         tried = collectives.try_collectives(ranks, limit_s=collective_timeout_s) if ranks.world_size > 1 else {}
         tried["sees_output"] = _sees_probe(Path(run.output_dir))
         limit = 3 * collective_timeout_s + 10
         outcome = store.gather("tried", tried, limit)
-        verdict = store.decide("tried", lambda: _judge(gathered, outcome, run, memory_bytes), timeout_s=2 * limit)
-    _raise(verdict["problems"], ranks, verdict["spokesmen"])
+        verdict = store.decide("tried", lambda: _judge(gathered, outcome, run, needs), timeout_s=2 * limit)
+    _raise(verdict, ranks)
     backend = str(torch.distributed.get_backend()) if ranks.world_size > 1 else "none"
     report = PreflightReport(
         tuple(verdict["facts"]), tuple(verdict["warnings"]), backend, verdict["gb_per_s"], time.perf_counter() - started
@@ -119,7 +123,7 @@ def data_identities(run: RunConfig, ranks: Ranks) -> tuple[dict[str, str], list[
     return found, list(dict.fromkeys(problems))
 
 
-def _compare(gathered: dict[int, Any], store: Meeting, run: RunConfig, needed_bytes: int) -> dict[str, Any]:
+def _compare(gathered: dict[int, Any], store: Meeting, run: RunConfig, needs: Needs) -> dict[str, Any]:
     held = [gathered[rank] for rank in sorted(gathered)]
     found = [f"rank {rank} did not arrive. Look at its log; it may still be reading data." for rank in store.missing]
     told: dict[str, list[Any]] = {}
@@ -137,11 +141,13 @@ def _compare(gathered: dict[int, Any], store: Meeting, run: RunConfig, needed_by
             complete, {rank: store.note_of("config", rank) for rank in by_digest.values()}
         )
         found += [differing] if differing else []
-    found += comparison.problems_of(complete, output_dir=run.output_dir, needed_bytes=needed_bytes)
-    return {"problems": found, "spokesmen": _spokesmen(complete)}
+    found += comparison.problems_of(complete)
+    found += _memory_problems(needs, complete)
+    lacking = _disk_problems(needs.stages, complete, Path(run.output_dir))
+    return {"problems": found + lacking, "spokesmen": _spokesmen(complete), "only_disk": not found}
 
 
-def _judge(gathered: dict[int, Any], outcome: dict[int, Any], run: RunConfig, memory_bytes: int) -> dict[str, Any]:
+def _judge(gathered: dict[int, Any], outcome: dict[int, Any], run: RunConfig, needs: Needs) -> dict[str, Any]:
     held = [gathered[rank] for rank in sorted(gathered)]
     found = []
     lost = [fact for fact in held if fact["rank"] not in outcome]
@@ -168,7 +174,8 @@ def _judge(gathered: dict[int, Any], outcome: dict[int, Any], run: RunConfig, me
             f"output_dir {run.output_dir} on {ranks_text(blind)} is not the folder that rank 0 on host {held[0]['host']} "
             "writes to. Use a path on a shared file system."
         )
-    warnings = comparison.warnings_of(held, memory_bytes=memory_bytes)
+    warnings = [*needs.warnings, *comparison.warnings_of(held, memory_bytes=process_bytes(needs))]
+    warnings += _loading_warnings(needs.stages, held)
     clocks = {rank: result["clock"] for rank, result in outcome.items() if "clock" in result}
     skew = comparison.clock_warning(clocks, held) if len(clocks) > 1 else None
     rates = [result["gb_per_s"] for result in outcome.values() if result.get("gb_per_s")]
@@ -181,16 +188,64 @@ def _judge(gathered: dict[int, Any], outcome: dict[int, Any], run: RunConfig, me
     }
 
 
-def _raise(problems: list[str], ranks: Ranks, spokesmen: list[int]) -> None:
-    """TrainingError on every rank; the first rank of each host tells the whole story, its neighbours point to it."""
+def _disk_problems(needs: Sequence[StageNeed], facts: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
+    """The stage that lacks most room in ``output``, by the host that sees least of it; nothing when all fit."""
+    free = min((f["output_free"] for f in facts if f["output_free"] is not None), default=None)
+    if free is None or not needs:
+        return []
+    worst = max(needs, key=lambda need: need.room.needed + need.earlier - need.there)
+    problem = worst.room.problem(output / worst.room.stage, free + worst.there, worst.earlier)
+    return [] if problem is None else [problem]
+
+
+def _memory_problems(needs: Needs, facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Hosts whose free memory is below what the largest stage holds there at least."""
+    found: list[str] = []
+    if needs.sharing is None:
+        return found
+    for host, members, free in _hosts(facts):
+        first = any(f["rank"] == 0 for f in members)
+        wanted = {n.room.stage: needs.sharing.on_host(n.weights, len(members), loads_all=first) for n in needs.stages}
+        stage = max(wanted, key=wanted.__getitem__, default="")
+        if wanted and free < wanted[stage]:
+            processes = f"its {len(members)} processes need" if len(members) > 1 else "it needs"
+            found.append(
+                f"host {host}: stage {stage} does not fit its memory: {processes} at least {size(wanted[stage])}, "
+                f"{size(free)} are free. Train fewer weights (stages.{stage}.tuning: lora or frozen), set model.llm.quantize, "
+                "divide them over more hosts (runtime.strategy zero2 or zero3), or take a host with more memory."
+            )
+    return found
+
+
+def _loading_warnings(needs: Sequence[StageNeed], facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Hosts whose free memory does not hold the weights once."""
+    whole = max((need.weights.whole for need in needs), default=0)
+    return [
+        f"host {host}: the weights take {size(whole)} while they are loaded, {size(free)} of memory are free. Loading will be "
+        "slow, or the system will kill it."
+        for host, _, free in _hosts(facts)
+        if free < whole
+    ]
+
+
+def _hosts(facts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]], int]]:
+    for host in dict.fromkeys(f["host"] for f in facts):
+        members = [f for f in facts if f["host"] == host]
+        yield host, members, min(f["ram_free"] for f in members)
+
+
+def _raise(verdict: Mapping[str, Any], ranks: Ranks) -> None:
+    """The same error on every rank; the first rank of each host tells the whole story, its neighbours point to it."""
+    problems, spokesmen = verdict["problems"], verdict["spokesmen"]
     if not problems:
         return
+    kind = CheckpointError if verdict.get("only_disk") else TrainingError
     if spokesmen and ranks.rank not in spokesmen:
-        raise TrainingError("preflight failed on all ranks; the first rank of this host says why")
+        raise kind("preflight failed on all ranks; the first rank of this host says why")
     if len(problems) == 1:
-        raise TrainingError(f"preflight: {problems[0]}")
+        raise kind(f"preflight: {problems[0]}")
     listed = " ".join(f"({number}) {problem}" for number, problem in enumerate(problems, 1))
-    raise TrainingError(f"preflight found {len(problems)} problems: {listed}")
+    raise kind(f"preflight found {len(problems)} problems: {listed}")
 
 
 def _spokesmen(held: Sequence[Mapping[str, Any]]) -> list[int]:
