@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from vlit.config.schema import RunConfig
 from vlit.errors import ConfigError
 from vlit.registry import load_plugins
 
+_DEEPSPEED = "vlit.train.zero.config"
+"""Checks ``runtime.deepspeed``. Of a higher floor, so imported by name, as components are, and only where the key is set."""
 _MAX_LINE = 1500
 """Longest line of an error; a value of a thousand digits says no more than its ends."""
 
@@ -141,9 +145,14 @@ def validate_config(data: dict[str, Any], *, name: str, origins: dict[str, str] 
     if isinstance(plugins, list):
         load_plugins([str(p) for p in plugins])
     try:
-        return RunConfig.model_validate(data)
+        run = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, name, origins or {}) for e in error.errors())) from error
+    if run.runtime.deepspeed is not None:
+        mistakes = importlib.import_module(_DEEPSPEED).deepspeed_mistakes(run.runtime)
+        if mistakes:
+            raise ConfigError("\n".join(_line(where, text, name, origins or {}) for where, text in mistakes))
+    return run
 
 
 def _explain(error: Any, name: str, origins: dict[str, str]) -> str:
@@ -154,11 +163,26 @@ def _explain(error: Any, name: str, origins: dict[str, str]) -> str:
         message = message.split(": ", 1)[1]
     elif error["type"] == "component":
         where, message = where + message.split(": ", 1)[0], message.split(": ", 1)[1]
+    elif error["type"] == "value_error" and isinstance(error.get("input"), dict):
+        where, message = _of_section(where, message.removeprefix("Value error, "), error["input"])
     else:
         shown = repr(error.get("input"))
         message = f"{message} (got {shown if len(shown) < 80 else shown[:77] + '...'})"
         if error["type"] == "missing":
             message = "this key is required and missing"
+    return _line(where, message, name, origins)
+
+
+def _of_section(where: str, message: str, held: dict[str, Any]) -> tuple[str, str]:
+    """Key and text of what a check of a whole section says; ``inner.key: text`` names the key that it means."""
+    inner = re.match(r"([\w.-]+): ", message)
+    if inner is None or inner[1].split(".")[0] not in held:
+        return where, message
+    return ".".join(part for part in (where, inner[1]) if part), message[inner.end() :]
+
+
+def _line(where: str, message: str, name: str, origins: dict[str, str]) -> str:
+    """``message`` after the key it is about and the file or override that wrote it."""
     source, probe = name, where
     while probe:
         if probe in origins:

@@ -309,14 +309,21 @@ class RunConfig(Strict):
     def _check_strategy(self) -> RunConfig:
         runtime, offload = self.runtime, self.runtime.offload
         zero = runtime.strategy.startswith("zero")
-        if not zero and (offload.optimizer != "none" or offload.parameters != "none" or runtime.deepspeed is not None):
-            raise ValueError(
-                f"runtime.strategy {runtime.strategy} does not use DeepSpeed. Use zero1, zero2 or zero3 with it"
-            )
+        needs_zero = {
+            "runtime.offload.optimizer": offload.optimizer != "none",
+            "runtime.offload.parameters": offload.parameters != "none",
+            "runtime.deepspeed": runtime.deepspeed is not None,
+        }
+        for key, given in needs_zero.items():
+            if given and not zero:
+                raise ValueError(
+                    f"{key}: needs ZeRO, and runtime.strategy is {runtime.strategy}. Set runtime.strategy to zero1, zero2 or "
+                    "zero3, or leave the key out"
+                )
         if runtime.strategy != "zero3" and (offload.parameters != "none" or offload.optimizer == "nvme"):
             raise ValueError("runtime.offload: parameters, and anything on nvme, need runtime.strategy zero3")
         if "nvme" in (offload.optimizer, offload.parameters) and offload.nvme_path is None:
-            raise ValueError("runtime.offload.nvme_path is missing. Name a folder on a fast local disk")
+            raise ValueError("runtime.offload.nvme_path: missing. Name a folder on a fast local disk")
         for name, stage in self.stages.items():
             if zero and stage.optimizer.type == "muon":
                 raise ValueError(

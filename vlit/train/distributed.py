@@ -8,7 +8,6 @@ import gc
 import hashlib
 import os
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -163,12 +162,9 @@ def _leave_gloo(patience_s: float = 10.0) -> None:
 
 
 def _pretend_torchrun() -> None:
-    """One process that offloads: DeepSpeed wants a process group even so."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """One process that offloads: DeepSpeed wants a process group even so. Port 0 is one that nobody else has."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
+    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
         os.environ.setdefault(name, value)
 
 

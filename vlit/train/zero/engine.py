@@ -61,7 +61,7 @@ class ZeroEngine:
         settings = deepspeed_config(runtime, dtype, on_cpu=ranks.device.type == "cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._deepspeed: Any = _initialize(deepspeed, model, self._client, settings)
+            self._deepspeed: Any = _initialize(deepspeed, model, self._client, settings, own=runtime.deepspeed)
         for name, buffer in model.named_buffers():  # a cast to bf16 would ruin rotary frequencies and image statistics
             owner, _, own = name.rpartition(".")
             model.get_submodule(owner).register_buffer(own, buffers[name].to(buffer.device), persistent=False)
@@ -152,13 +152,22 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def _initialize(deepspeed: Any, model: nn.Module, client: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """DeepSpeed's engine. ConfigError where an operator that it compiles on first use cannot be built here."""
+def _initialize(
+    deepspeed: Any, model: nn.Module, client: torch.optim.Optimizer, settings: dict[str, Any], *, own: Any
+) -> Any:
+    """DeepSpeed's engine. ConfigError where an operator that it compiles on first use cannot be built here, or where it
+    refuses a combination that the run's ``own`` settings have made.
+    """
     try:
         return deepspeed.initialize(model=model, optimizer=client, config=settings)[0]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         if "JIT load" not in str(error):
-            raise
+            if own is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(
+                f"runtime.deepspeed: DeepSpeed does not start with it ({' '.join(str(error).split())[:300]}). Leave out what "
+                "it names, or the whole key."
+            ) from error
         raise ConfigError(
             f"runtime.offload: DeepSpeed cannot build what this needs ({error}). For nvme install the system library libaio "
             "(Debian: libaio-dev) and a C++ compiler, or offload to cpu."
