@@ -8,6 +8,7 @@ with 128 + signal.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,11 +126,23 @@ def _schema(args: argparse.Namespace) -> None:
         print(path)
 
 
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+def _number(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
+    """An argparse type: finite numbers of ``kind`` from ``least`` on."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f'"{text}" is not a {what} of {least} or more')
+        return value
+
+    return read
+
+
+_count, _average, _at_least_zero = _number(int, 1), _number(float, 1), _number(float, 0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -162,23 +175,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--benchmark", required=True, help="registered benchmark, for example digits or qa")
     sub.add_argument("--out", type=Path, help="folder for predictions.jsonl and results.json")
     sub.add_argument("--rows", default="image", help="comma-separated: image, blind, shuffled (default: image)")
-    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--batch-size", type=_count, default=64)
     sub.add_argument("--template", help="ask with this template (name or YAML mapping), not the one of the last stage")
-    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--max-new-tokens", type=_count, default=64)
     remote_code(sub)
 
     sub = command("chat", _chat, "Talk to a checkpoint about an image.", overrides=False)
     sub.add_argument("--checkpoint", type=Path, required=True)
     sub.add_argument("--image", type=Path, action="append", default=[], help="image file; repeat for several")
     sub.add_argument("--prompt", help="ask once and exit instead of opening a conversation")
-    sub.add_argument("--max-new-tokens", type=int, default=256)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    sub.add_argument("--max-new-tokens", type=_count, default=256)
+    sub.add_argument("--temperature", type=_at_least_zero, default=0.0, help="0 decodes greedily")
     remote_code(sub)
 
     sub = command("preview", _preview, "Show what training will see: pictures, tokens, which take loss, packing.")
     sub.add_argument("--config", required=True)
     sub.add_argument("--stage", help="default: every stage")
-    sub.add_argument("--samples", type=int, default=16)
+    sub.add_argument("--samples", type=_count, default=16)
     sub.add_argument("--out", type=Path, help="HTML file (default: <output_dir>/preview.html)")
     sub.add_argument("--quiet", action="store_true", help="write the HTML only")
 
@@ -191,16 +204,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--share", type=float, default=0.4, help="share of the peak that products reach (default: 0.4)")
     sub.add_argument("--parts", type=Path, help="folder that holds NAME/config.json for models that are not here")
     sub.add_argument("--stage", help="default: every stage")
-    sub.add_argument("--records", type=int, help="records of an epoch, instead of looking at the data")
-    sub.add_argument("--tokens-per-record", type=float, help="text and images, on average")
-    sub.add_argument("--images-per-record", type=float)
+    sub.add_argument("--records", type=_count, help="records of an epoch, instead of looking at the data")
+    sub.add_argument("--tokens-per-record", type=_average, help="text and images, on average")
+    sub.add_argument("--images-per-record", type=_at_least_zero)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("doctor", _doctor, "Find every bad record and image of a run's datasets before training.")
     sub.add_argument("--config", required=True)
     sub.add_argument("--stage", help="default: every stage")
     sub.add_argument("--out", type=Path, help="folder (default: <output_dir>/doctor, where training looks for it)")
-    sub.add_argument("--workers", type=_at_least_one, help="processes (default: one a core)")
+    sub.add_argument("--workers", type=_count, help="processes (default: one a core)")
     sub.add_argument(
         "--images", choices=["decode", "header"], default="decode", help="decode every image, or read headers only"
     )
@@ -219,7 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--on-bad-record", choices=["error", "quarantine"], default="error")
     sub.add_argument(
-        "--quarantine-budget", type=float, default=0.01, help="most bad records, as a share (default: 0.01)"
+        "--quarantine-budget", type=_at_least_zero, default=0.01, help="most bad records, as a share (default: 0.01)"
     )
 
     sub = command("report", _report, "Write report.html of a run folder.", overrides=False)
@@ -257,10 +270,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command. ``key=value`` words may stand on both sides of options, which argparse alone refuses."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in late or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
 def main(argv: Sequence[str] | None = None, *, command: str | None = None) -> int:
     """Run one command. ``command`` is set by ``scripts/<command>.py``."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args([command, *words] if command else words)
+    args = parse([command, *words] if command else words)
     try:
         load_plugins(args.plugin)
         result = args.handler(args)

@@ -14,16 +14,16 @@ from torch import nn
 
 from vlit.models.assemble import VisionLanguageModel
 from vlit.models.flops import UsefulFlops
-from vlit.plan.hardware import DISK_RATE, HOST_MEMORY_RATE, HOST_RATE, LATENCY_S, Cluster
+from vlit.plan.hardware import DISK_RATE, HOST_MEMORY_RATE, HOST_RATE, LATENCY_S, NVME_RATE, Cluster
 from vlit.plan.memory import (
     DDP_BUCKET_BYTES,
     GRADIENT_BYTES,
     PREFETCH_BUCKET,
     REDUCE_BUCKET,
-    Offload,
     Parameters,
     Strategy,
 )
+from vlit.plan.offload import Offload, weights_elsewhere
 from vlit.plan.workload import Workload
 
 SELECTIVE_COST = 0.04
@@ -85,10 +85,15 @@ def traffic(strategy: Strategy, parameters: Parameters, ranks: int, rows: int, r
         reductions = rows if strategy == "zero2" else 1
         sent = gradients * reductions + parameters.trained * size
         return Traffic(part * sent, math.ceil(parameters.trained * (reductions + 1) / REDUCE_BUCKET))
-    passes = 3 if recompute == "full" else 2
+    passes = _passes(recompute)
     sent = (gradients + passes * every) * rows
     values = parameters.trained + passes * (parameters.trained + parameters.frozen)
     return Traffic(part * sent, math.ceil(values * rows / PREFETCH_BUCKET))
+
+
+def _passes(recompute: str) -> int:
+    """Times a row needs all weights."""
+    return 3 if recompute == "full" else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +101,14 @@ class StepTime:
     """Seconds of one step of all ranks."""
 
     compute: float
-    memory: float  # gradient sums and update
+    memory: float  # gradient sums and update, and the way to main memory and back
     communication: float  # what is not hidden
     sent: float  # bytes each rank sends
+    nvme: float = 0.0  # reading and writing what is offloaded to disk
 
     @property
     def total(self) -> float:
-        return self.compute + self.memory + self.communication
+        return self.compute + self.memory + self.communication + self.nvme
 
 
 def step_time(
@@ -115,19 +121,42 @@ def step_time(
         return None
     compute = work.executed(recompute) * load.global_batch / (ranks * device.peak * share)
     owned = parameters.trained / (1 if strategy in ("none", "ddp") else ranks)
-    moved = 10.0 * parameters.trained * rows + (28.0 * owned if offload == "none" else 0.0)
-    memory_seconds = moved / device.memory_rate
-    if offload != "none":
-        by_host = 28.0 * owned * min(device.per_node, ranks) / HOST_MEMORY_RATE
-        memory_seconds += by_host + parameters.bytes_each * owned * (rows + 1) / HOST_RATE  # gradients out, weights in
-    if offload == "all":
-        memory_seconds += 2 * parameters.weights * rows / HOST_RATE
+    moved = 10.0 * parameters.trained * rows + (28.0 * owned if offload.optimizer == "none" else 0.0)
+    host, nvme = _offload_seconds(parameters, cluster, offload, owned=owned, recompute=recompute, rows=rows)
+    memory_seconds = moved / device.memory_rate + host
     sent = traffic(strategy, parameters, ranks, rows, recompute)
     seconds = (
         sent.bytes / cluster.bus_rate + sent.collectives * LATENCY_S * math.log2(max(2, ranks)) if sent.bytes else 0.0
     )
     exposed = seconds if strategy == "ddp" else max(0.0, seconds - compute)
-    return StepTime(compute, memory_seconds, exposed, sent.bytes)
+    return StepTime(compute, memory_seconds, exposed, sent.bytes, nvme)
+
+
+def _offload_seconds(
+    parameters: Parameters, cluster: Cluster, offload: Offload, *, owned: float, recompute: str, rows: int
+) -> tuple[float, float]:
+    """Seconds a step for main memory and the link to it, and for the NVMe disk; nothing of it is taken to be hidden.
+
+    The ranks of a machine share its main memory and its disk. An optimizer on disk is read and written once a step: masters,
+    states, and gradients, which are written before they are read. A rank sends its share of offloaded weights to its GPU for
+    every pass of every row, and takes the updated ones back; frozen ones on disk are never written again.
+    """
+    neighbours, size = min(cluster.device.per_node, cluster.count), parameters.bytes_each
+    host = disk = 0.0
+    if offload.optimizer != "none":
+        host += 28.0 * owned * neighbours / HOST_MEMORY_RATE
+        host += size * owned * (rows + 1) / HOST_RATE  # gradients out, weights in
+    if offload.optimizer == "nvme":
+        disk += 2 * (4 + parameters.state_bytes + GRADIENT_BYTES) * owned
+    if offload.parameters != "none":
+        weights, uses = parameters.weights // cluster.count, _passes(recompute) * rows
+        host += uses * weights / HOST_RATE
+        if offload.optimizer == "none":
+            host += size * owned / HOST_RATE
+        away = weights_elsewhere(offload.parameters, int(owned), weights=weights, bytes_each=size).nvme
+        frozen = weights - size * owned
+        disk += uses * away + max(0.0, away - frozen)
+    return host, disk * neighbours / NVME_RATE
 
 
 @dataclass(frozen=True, slots=True)

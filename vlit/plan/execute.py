@@ -36,6 +36,9 @@ class Executed:
     """The highest moment when the rounded gradients of the parameters do not count: with ZeRO they are given away."""
     saved: int
     """What the forward pass of the row leaves for its backward pass."""
+    logits_highest: int = 0
+    """The most that the head and its cross-entropy hold: logits of a chunk, their fp32 copy, and the gradients of the hidden
+    states and of the head's weight, which are computed with them."""
 
 
 def tune(model: VisionLanguageModel, tuning: TuningConfig) -> None:
@@ -84,12 +87,12 @@ def execute(
             step = _Update(trained, parts, optimizer, trace)
             if sums:
                 step.make_sums()
-            with trace.during("forward", "saved"):
+            with trace.during("forward", "saved"), trace.apart(model.llm.head_loss, "logits"):
                 if kind != "cpu":
                     trace.hold(row.tensors().values(), "saved")
                 loss = model(row)
                 total = loss.total / torch.ones((), device="meta")
-            saved = trace.live.get("saved", 0)
+            saved = trace.live.get("saved", 0) + trace.live.get("logits", 0)
             with trace.during("backward", "temporary"):
                 total.backward()
             with trace.during("adding gradients", "temporary"):
@@ -102,7 +105,7 @@ def execute(
             hook.remove()
         for parameter in trained.values():
             parameter.grad = None
-    return Executed(trace.peak, trace.peak_without_gradients, saved)
+    return Executed(trace.peak, trace.peak_without_gradients, saved, trace.highest.get("logits", 0))
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ HOST_MEMORY_RATE = 200e9
 """Bytes/s of a machine's main memory, shared by its GPUs (assumed): what bounds an optimizer step on the CPU."""
 DISK_RATE = 2e9
 """Bytes/s a machine writes to its disk or file system (assumed)."""
+NVME_RATE = 3e9
+"""Bytes/s a machine reads from or writes to the local NVMe disk of ``runtime.offload``, shared by its GPUs (assumed)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from typing import Literal
 
 from vlit.plan.execute import Executed
 from vlit.plan.hardware import GIB, Cluster
+from vlit.plan.offload import NOWHERE, OFFLOADS, Elsewhere, Offload, optimizer_elsewhere, weights_elsewhere
 
 Strategy = Literal["none", "ddp", "zero1", "zero2", "zero3"]
-Offload = Literal["none", "optimizer", "all"]
 
 DDP_BUCKET_BYTES = 4 << 26
 """fp32 gradients that ``ddp`` sums at a time (``vlit/train/distributed.py``)."""
@@ -62,15 +62,27 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one rank by component; ``host`` is what offloading keeps in the machine's memory for this rank."""
+    """Bytes of one rank by component at its highest moment, and what offloading keeps elsewhere for this rank.
+
+    ``logits_highest`` is the most that the head and its cross-entropy hold; that moment may be another one.
+    """
 
     components: dict[str, int]
     where: str
-    host: int = 0
+    elsewhere: Elsewhere = NOWHERE
+    logits_highest: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.components.values())
+
+    @property
+    def host(self) -> int:
+        return self.elsewhere.host
+
+    @property
+    def nvme(self) -> int:
+        return self.elsewhere.nvme
 
     def fits(self, cluster: Cluster) -> bool:
         return self.total <= (1 - MARGIN) * cluster.device.memory
@@ -78,45 +90,64 @@ class Memory:
 
 NAMES = {
     "weights": "weights", "masters": "fp32 masters", "gradients": "gradients", "optimizer": "optimizer states",
-    "saved": "activations", "temporary": "temporaries", "workspace": "operator workspace",
+    "saved": "activations", "logits": "logits", "temporary": "temporaries", "workspace": "operator workspace",
 }  # fmt: skip
 
 
 def memory(
-    executed: Executed, parameters: Parameters, cluster: Cluster, strategy: Strategy, offload: Offload = "none"
+    executed: Executed, parameters: Parameters, cluster: Cluster, strategy: Strategy, offload: Offload | str = "none"
 ) -> Memory:
-    """What one rank holds at its highest moment."""
+    """What one rank holds at its highest moment; ``offload`` may be a name of :data:`~vlit.plan.offload.OFFLOADS`."""
     whole = strategy in ("none", "ddp")
     peak = executed.peak if whole else executed.without_gradients
     found = {NAMES[name]: peak.bytes.get(name, 0) for name in NAMES}
     found["activations"] += peak.bytes.get("activations", 0)
-    ranks, host = cluster.count, 0
-    size, trained = parameters.bytes_each, parameters.trained
+    ranks, elsewhere = cluster.count, NOWHERE
     if strategy == "ddp":
-        found["communication buffers"] = min(DDP_BUCKET_BYTES, 4 * trained)
+        found["communication buffers"] = min(DDP_BUCKET_BYTES, 4 * parameters.trained)
     elif not whole:
-        states = {
-            "fp32 masters": parameters.masters // ranks,
-            "optimizer states": parameters.state_bytes * trained // ranks,
-        }
-        found["gradients"] = GRADIENT_BYTES * trained // (1 if strategy == "zero1" else ranks)
-        buckets = 2 * min(REDUCE_BUCKET, trained) * GRADIENT_BYTES
-        if strategy == "zero3":
-            found["weights"] = parameters.weights // ranks + parameters.packed_bytes
-            everything = parameters.trained + parameters.frozen
-            gathered = min(max(parameters.largest_gathered + PREFETCH_BUCKET, LIVE_WEIGHTS), everything)
-            found["gathered weights"] = gathered * size
-        else:
-            buckets += min(GATHER_BUCKET, trained) * size
-        found["communication buffers"] = buckets
-        if offload != "none":
-            host = sum(states.values()) + found["gradients"]
-            states = dict.fromkeys(states, 0)
-            found["gradients"] = 0 if strategy != "zero1" else found["gradients"]
-        if offload == "all":
-            host += found["weights"]
-            found["weights"] = 0
-        found |= states
+        places = OFFLOADS[offload] if isinstance(offload, str) else offload
+        kept, elsewhere = _offloaded(_divided(parameters, ranks, strategy, places), parameters, ranks, strategy, places)
+        found |= kept
     if cluster.device.kind == "cuda":
         found["runtime base"] = int(CUDA_CONTEXT + (COLLECTIVE_BUFFERS if ranks > 1 else 0))
-    return Memory({name: value for name, value in found.items() if value}, f"{peak.phase}, {peak.operator}", host)
+    shown = {name: value for name, value in found.items() if value or name == "logits"}
+    return Memory(shown, f"{peak.phase}, {peak.operator}", elsewhere, executed.logits_highest)
+
+
+def _divided(parameters: Parameters, ranks: int, strategy: Strategy, offload: Offload) -> dict[str, int]:
+    """A rank's share of what belongs to parameters, wherever it is, and the buffers of communicating."""
+    size, trained = parameters.bytes_each, parameters.trained
+    share = {
+        "fp32 masters": (4 * trained if offload.any else parameters.masters)
+        // ranks,  # apart from fp32 weights as well
+        "optimizer states": parameters.state_bytes * trained // ranks,
+        "gradients": GRADIENT_BYTES * trained // (1 if strategy == "zero1" else ranks),
+    }
+    buckets = 2 * min(REDUCE_BUCKET, trained) * GRADIENT_BYTES
+    if strategy != "zero3":
+        return share | {"communication buffers": buckets + min(GATHER_BUCKET, trained) * size}
+    everything = trained + parameters.frozen
+    gathered = min(max(parameters.largest_gathered + PREFETCH_BUCKET, LIVE_WEIGHTS), everything)
+    return share | {
+        "weights": parameters.weights // ranks + parameters.packed_bytes,
+        "gathered weights": gathered * size,
+        "communication buffers": buckets,
+    }
+
+
+def _offloaded(
+    share: dict[str, int], parameters: Parameters, ranks: int, strategy: Strategy, offload: Offload
+) -> tuple[dict[str, int], Elsewhere]:
+    """What of a rank's share stays on its GPU, and what is elsewhere."""
+    kept, owned = dict(share), parameters.trained // ranks
+    states = share["fp32 masters"] + share["optimizer states"]
+    elsewhere = optimizer_elsewhere(offload.optimizer, owned, states=states)
+    if offload.optimizer != "none":
+        kept |= {"fp32 masters": 0, "optimizer states": 0}
+        kept["gradients"] = share["gradients"] if strategy == "zero1" else 0
+    if offload.parameters != "none":
+        weights = share["weights"] - parameters.packed_bytes  # packed weights stay, on every GPU
+        elsewhere += weights_elsewhere(offload.parameters, owned, weights=weights, bytes_each=parameters.bytes_each)
+        kept["weights"] = parameters.packed_bytes
+    return kept, elsewhere

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from vlit.plan.cost import StepTime, Work, step_time
 from vlit.plan.execute import Executed
 from vlit.plan.hardware import Cluster
-from vlit.plan.memory import Memory, Offload, Parameters, Strategy, memory
+from vlit.plan.memory import Memory, Parameters, Strategy, memory
+from vlit.plan.offload import OFFLOADS, Offload
 from vlit.plan.workload import Workload
 
 ROW_TOKENS = (2048, 4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768)
 RECOMPUTE = ("none", "selective", "full")
 STRATEGIES = ("none", "ddp", "zero1", "zero2", "zero3")
-OFFLOADS = ("none", "optimizer", "all")
 LONG_ENOUGH = 16_384
 """Longer rows make products no faster."""
 EQUAL = 0.02
@@ -35,13 +35,18 @@ class Choice:
     recompute: str
     micro_batch_tokens: int
 
+    @property
+    def simplicity(self) -> tuple[int, int]:
+        """The less, the less is divided and moved."""
+        return self.offload.distance, STRATEGIES.index(self.strategy)
+
 
 def yaml_lines(choices: dict[str, Choice]) -> list[str]:
     """The choices of a run's stages as lines of a configuration; they share strategy and offload."""
     first = next(iter(choices.values()))
     lines = ["runtime:", f"  strategy: {first.strategy}"]
-    if first.offload != "none":
-        lines.append("  offload: {optimizer: cpu" + (", parameters: cpu}" if first.offload == "all" else "}"))
+    if first.offload.any:
+        lines.append(f"  offload: {first.offload.yaml()}")
     lines.append("stages:")
     for stage, choice in choices.items():
         lines += [
@@ -109,7 +114,7 @@ class Judge:
         ]
         slope = (ends[1].total - ends[0].total) / (high - low)
         made = max(0, round(slope * (choice.micro_batch_tokens - low)))
-        guess = Memory({"about": ends[0].total + made}, "interpolated", ends[0].host)
+        guess = Memory({"about": ends[0].total + made}, "interpolated", ends[0].elsewhere)
         return self._judged(choice, guess, rows)
 
     def _judged(self, choice: Choice, held: Memory, rows: int) -> Judged:
@@ -120,15 +125,22 @@ class Judge:
         return Judged(choice, held, time, rows)
 
 
-def candidates(ranks: int, longest: int, largest: int, *, muon: bool) -> Iterator[Choice]:
-    """All choices worth a look: row sizes that hold the longest record and do not exceed what a rank has in a step."""
+def candidates(
+    ranks: int, longest: int, largest: int, *, muon: bool, configured: Choice | None = None
+) -> Iterator[Choice]:
+    """All choices worth a look: row sizes that hold the longest record and do not exceed what a rank has in a step.
+
+    The ways are those of :data:`~vlit.plan.offload.OFFLOADS`, and what ``configured`` offloads.
+    """
     sizes = [tokens for tokens in ROW_TOKENS if tokens >= longest] or [longest]
     sizes = [tokens for tokens in sizes if tokens <= largest] or sizes[:1]
     whole: Strategy = "none" if ranks == 1 else "ddp"
     zero: tuple[Strategy, ...] = () if muon else (("zero1", "zero2", "zero3") if ranks > 1 else ())
-    ways: list[tuple[Strategy, Offload]] = [(whole, "none"), *((strategy, "none") for strategy in zero)]
+    ways: list[tuple[Strategy, Offload]] = [(strategy, OFFLOADS["none"]) for strategy in (whole, *zero)]
     if not muon:
-        ways += [("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "all")]
+        ways += [("zero2", OFFLOADS["optimizer"]), ("zero3", OFFLOADS["optimizer"]), ("zero3", OFFLOADS["all"])]
+    if configured is not None and configured.offload.any and (configured.strategy, configured.offload) not in ways:
+        ways.append((configured.strategy, configured.offload))
     for strategy, offload in ways:
         for recompute in RECOMPUTE:
             for tokens in sizes:
@@ -152,9 +164,10 @@ def propose(judge: Judge, choices: Sequence[Choice]) -> Judged | None:
 
     def order(judged: Judged) -> tuple[bool, int, int, int, float]:
         equal = seconds(judged) <= (1 + EQUAL) * best
-        simplicity = OFFLOADS.index(judged.choice.offload), STRATEGIES.index(judged.choice.strategy)
         room = -min(judged.choice.micro_batch_tokens, LONG_ENOUGH)
-        return (False, *simplicity, room, judged.memory.total) if equal else (True, 0, 0, 0, seconds(judged))
+        return (
+            (False, *judged.choice.simplicity, room, judged.memory.total) if equal else (True, 0, 0, 0, seconds(judged))
+        )
 
     for judged in sorted(fitting, key=order):
         exact = judge.judge(judged.choice)
@@ -167,9 +180,7 @@ def prefer(configured: Judged, proposed: Judged | None, cluster: Cluster) -> Jud
     """The configuration itself where it fits, divides no more than the proposal and is as fast: no change for nothing."""
     if proposed is None or not configured.memory.fits(cluster):
         return proposed
-    ours, theirs = (
-        (OFFLOADS.index(j.choice.offload), STRATEGIES.index(j.choice.strategy)) for j in (configured, proposed)
-    )
+    ours, theirs = configured.choice.simplicity, proposed.choice.simplicity
     if configured.time is None or proposed.time is None:
         equal = configured.choice.recompute == proposed.choice.recompute
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from vlit.plan.hardware import DISK_RATE, GIB
+from vlit.plan.hardware import DISK_RATE, GIB, NVME_RATE
 from vlit.plan.memory import MARGIN
 from vlit.plan.propose import Judged, yaml_lines
 from vlit.plan.stage import RunPlan, StagePlan
@@ -49,7 +49,9 @@ def _judged(plan: RunPlan, stage: StagePlan, judged: Judged) -> dict[str, Any]:
         "rows_per_step": judged.rows,
         "memory_bytes": judged.memory.components,
         "memory_total": judged.memory.total,
+        "logits_highest_bytes": judged.memory.logits_highest,
         "host_bytes": judged.memory.host,
+        "nvme_bytes": judged.memory.nvme,
         "peak_at": judged.memory.where,
         "fits": judged.memory.fits(plan.cluster),
         "step_seconds": None,
@@ -74,7 +76,7 @@ def as_text(plan: RunPlan) -> str:
     else:
         lines.append(
             "Memory is what a step holds. Training keeps freed memory (vlit.train.distributed.keep_freed_memory), so a process "
-            "grows larger: 1.1 to 2.1 times in docs/measurements/memory_cpu.json."
+            "grows larger: 1.1 to 2.3 times in docs/measurements/memory_cpu.json."
         )
     lines += [f"{source['key']} {source['name']}: {source['found']}" for source in plan.sources]
     for stage in plan.stages:
@@ -126,7 +128,7 @@ def _stage_lines(plan: RunPlan, stage: StagePlan) -> list[str]:
 
 def _way(plan: RunPlan, stage: StagePlan, title: str, judged: Judged) -> list[str]:
     choice, held = judged.choice, judged.memory
-    offload = "" if choice.offload == "none" else f" + offload {choice.offload}"
+    offload = f" + offload {choice.offload.yaml()}" if choice.offload.any else ""
     fits = "fits" if held.fits(plan.cluster) else "DOES NOT FIT"
     lines = [
         f"{title:<12} {choice.strategy}{offload}, rows of {choice.micro_batch_tokens:,} tokens ({judged.rows} a rank and "
@@ -135,12 +137,16 @@ def _way(plan: RunPlan, stage: StagePlan, title: str, judged: Judged) -> list[st
         f"to spare; highest in {held.where}",
         *_table(["", ""], [[name, _gib(size)] for name, size in held.components.items()], indent="             "),
     ]
+    lines.append(f"  logits     {_gib(held.logits_highest)} at most, while the loss is computed")
     if held.host:
         lines.append(f"  host       {_gib(held.host)} of main memory a rank")
+    if held.nvme:
+        lines.append(f"  nvme       {_gib(held.nvme)} of the NVMe disk a rank")
     if judged.time is not None:
         time, seconds = judged.time, judged.time.total * stage.load.steps
+        disk = f"NVMe at {NVME_RATE / 1e9:g} GB/s a machine {time.nvme:.2f}, " if time.nvme else ""
         lines.append(
-            f"  time       {time.total:.2f} s a step (products {time.compute:.2f}, memory traffic {time.memory:.2f}, "
+            f"  time       {time.total:.2f} s a step (products {time.compute:.2f}, memory traffic {time.memory:.2f}, {disk}"
             f"communication not hidden {time.communication:.2f} of {time.sent / 1e9:,.1f} GB sent a rank)"
         )
         lines.append(f"             {seconds / 3600:.1f} h, {seconds * plan.cluster.count / 3600:,.0f} GPU-hours")

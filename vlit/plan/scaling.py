@@ -22,6 +22,7 @@ from vlit.plan.cost import StepTime, Work, checkpoints, step_time, traffic, work
 from vlit.plan.execute import tune
 from vlit.plan.hardware import DEVICES, Cluster
 from vlit.plan.memory import Parameters, Strategy
+from vlit.plan.offload import Offload
 from vlit.plan.parts import described
 from vlit.plan.stage import parameters_of
 from vlit.plan.workload import Assumed, Workload, workload
@@ -65,7 +66,7 @@ class Stage:
     def time(self, cluster: Cluster, strategy: Strategy, recompute: str, global_batch: int | None = None) -> StepTime:
         load = self.load if global_batch is None else replace(self.load, global_batch=global_batch)
         found = step_time(
-            self.work, load, self.parameters, cluster, strategy=strategy, offload="none", recompute=recompute,
+            self.work, load, self.parameters, cluster, strategy=strategy, offload=Offload(), recompute=recompute,
             rows=self.rows(cluster.count, global_batch), share=SHARE,
         )  # fmt: skip
         assert found is not None

@@ -18,9 +18,10 @@ from vlit.models.tuning import part_of_parameters
 from vlit.plan.cost import Checkpoints, Work, checkpoints, work
 from vlit.plan.execute import Executed, execute, tune
 from vlit.plan.hardware import Cluster
-from vlit.plan.memory import Offload, Parameters, Strategy
+from vlit.plan.memory import Parameters, Strategy
+from vlit.plan.offload import Offload
 from vlit.plan.parts import described
-from vlit.plan.propose import OFFLOADS, STRATEGIES, Choice, Judge, Judged, candidates, prefer, propose
+from vlit.plan.propose import Choice, Judge, Judged, candidates, prefer, propose
 from vlit.plan.workload import Assumed, Workload, empty_row, workload
 from vlit.types import PARTS
 
@@ -66,6 +67,8 @@ def plan_run(
         raise ConfigError(f"--stage {only}: this configuration has no such stage. Known: {', '.join(run.stages)}.")
     if not 0 < share <= 1:
         raise ConfigError(f"--share {share:g}: a share of the device's peak lies between 0 and 1, for example 0.4.")
+    if parts is not None and not parts.is_dir():
+        raise ConfigError(f"--parts {parts}: no such folder. Name the one that holds NAME/config.json.")
     dtype = _dtype(run, cluster)
     with described(run.model, parts) as (model, sources):
         resolved = run.model_copy(update={"model": model})
@@ -81,16 +84,18 @@ def plan_run(
 
 def _one_strategy(stages: list[StagePlan]) -> list[StagePlan]:
     """``runtime.strategy`` holds for all stages: take the one that divides most, and fit the others to it."""
-    ways = [(s.proposed.choice.offload, s.proposed.choice.strategy) for s in stages if s.proposed is not None]
-    if len(set(ways)) < 2:
+    chosen = [s.proposed.choice for s in stages if s.proposed is not None]
+    if len({(choice.strategy, choice.offload) for choice in chosen}) < 2:
         return stages
-    common = max(ways, key=lambda way: (OFFLOADS.index(way[0]), STRATEGIES.index(way[1])))
+    common = max(chosen, key=lambda choice: choice.simplicity)
+
+    def alike(choice: Choice) -> bool:
+        return (choice.strategy, choice.offload) == (common.strategy, common.offload)
 
     def fitted(stage: StagePlan) -> StagePlan:
-        if stage.proposed is None or (stage.proposed.choice.offload, stage.proposed.choice.strategy) == common:
+        if stage.proposed is None or alike(stage.proposed.choice):
             return stage
-        choices = [choice for choice in stage.choices if (choice.offload, choice.strategy) == common]
-        return replace(stage, proposed=propose(stage.judge, choices))
+        return replace(stage, proposed=propose(stage.judge, [choice for choice in stage.choices if alike(choice)]))
 
     return [fitted(stage) for stage in stages]
 
@@ -120,10 +125,11 @@ def plan_stage(
         return load.rows_per_step(tokens, ranks, model.spec.tokens_per_view)
 
     judge = Judge(run_step, rows_of, load, effort, parameters, cluster, share)
-    configured = judge.judge(_configured(run, name, ranks))
+    as_is = _configured(run, name, ranks)
+    configured = judge.judge(as_is)
     longest = max(item.tokens for step in load.sampled for item in step)
     largest = max(longest, round(2 * load.mean("tokens") * config.global_batch / ranks))
-    choices = tuple(candidates(ranks, longest, largest, muon=config.optimizer.type == "muon"))
+    choices = tuple(candidates(ranks, longest, largest, muon=config.optimizer.type == "muon", configured=as_is))
     part_of = part_of_parameters(model)
     changed = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad or _written(part_of[n], config))
     return StagePlan(
@@ -160,8 +166,9 @@ def _configured(run: RunConfig, name: str, ranks: int) -> Choice:
         strategy = "none"
     else:
         strategy = "ddp" if run.runtime.strategy == "none" else run.runtime.strategy
-    kept: Offload = "all" if offload.parameters != "none" else "optimizer" if offload.optimizer != "none" else "none"
-    return Choice(strategy, kept, config.gradient_checkpointing, config.micro_batch_tokens)
+    on_disk = "nvme" in (offload.optimizer, offload.parameters)
+    places = Offload(offload.optimizer, offload.parameters, offload.nvme_path if on_disk else None)
+    return Choice(strategy, places, config.gradient_checkpointing, config.micro_batch_tokens)
 
 
 def parameters_of(model: VisionLanguageModel, optimizer: str) -> Parameters:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +52,8 @@ class MemoryTrace(TorchDispatchMode):
     def __init__(self, workspace: Workspace, answers: dict[str, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self.live: dict[str, int] = {}
+        self.highest: dict[str, int] = {}
+        """Most bytes of each category, at a moment of its own."""
         self.peak = Peak()
         self.peak_without_gradients = Peak()
         self.phase, self.category = "", "activations"
@@ -68,6 +70,7 @@ class MemoryTrace(TorchDispatchMode):
             elif entry[2] != category:
                 self.live[entry[2]] -= entry[1]
                 self.live[category] = self.live.get(category, 0) + entry[1]
+                self.highest[category] = max(self.highest.get(category, 0), self.live[category])
                 entry[2] = category
 
     @contextmanager
@@ -78,6 +81,25 @@ class MemoryTrace(TorchDispatchMode):
             yield
         finally:
             self.phase, self.category = held
+
+    @contextmanager
+    def apart(self, module: nn.Module, category: str) -> Iterator[None]:
+        """Count what the forward pass of ``module`` makes as ``category``; the phase stays."""
+        held: list[str] = []
+
+        def enter(*_: Any) -> None:
+            held.append(self.category)
+            self.category = category
+
+        def leave(*_: Any) -> None:
+            self.category = held.pop()
+
+        hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,6 +120,7 @@ class MemoryTrace(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         self._known[key] = [weakref.ref(storage, partial(self._gone, key)), size, category]
         self.live[category] = self.live.get(category, 0) + size
+        self.highest[category] = max(self.highest.get(category, 0), self.live[category])
 
     def _gone(self, key: int, reference: Any) -> None:
         entry = self._known.get(key)

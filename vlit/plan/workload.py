@@ -221,7 +221,7 @@ def _assumed(run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed, reas
     def average(what: str) -> float:
         return sum(records * entry[what] for records, entry in known) / sum(records for records, _ in known)
 
-    records = assumed.records or round(sum(records for records, _ in known))
+    records = assumed.records if assumed.records is not None else round(sum(records for records, _ in known))
     images = assumed.images_per_record if assumed.images_per_record is not None else average("images")
     if assumed.tokens_per_record is not None:
         tokens = assumed.tokens_per_record

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlit.config.load import load_config
-from vlit.errors import CheckpointError, ConfigError
+from vlit.errors import CheckpointError, ConfigError, DataError
 
 
 def train(config_path: str, overrides: Sequence[str], *, stage: str | None = None) -> None:
@@ -128,7 +128,11 @@ def doctor(
     workers: int | None,
     decode: bool,
 ) -> bool:
-    """Examine the datasets of a configuration, write manifest, summary and page, print a table. True: nothing is bad."""
+    """Examine the datasets of a configuration, write manifest, summary and page, print a table. True: nothing is bad.
+
+    Raises:
+        DataError: a file or folder cannot be read or written.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run = load_config(config_path, overrides)
     if stage is not None and stage not in run.stages:
@@ -143,9 +147,14 @@ def doctor(
     _build_world(run)
     folder = out or doctor_folder(run)
     stages = [stage] if stage else list(run.stages)
-    diagnosis = examine(run, model_spec(run.model), stages=stages, out=folder, workers=workers, decode=decode)
     page = folder / "doctor.html"
-    page.write_text(build_page(diagnosis, title=run.name), encoding="utf-8")
+    try:
+        diagnosis = examine(run, model_spec(run.model), stages=stages, out=folder, workers=workers, decode=decode)
+        page.write_text(build_page(diagnosis, title=run.name), encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"doctor, which writes to {folder}: {error}. Name a folder that can be written with --out, or mend the file."
+        ) from error
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
     console.print(findings_table(diagnosis))
     for failed in diagnosis.unreadable:
