@@ -151,14 +151,12 @@ def _leave_gloo(patience_s: float = 10.0) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_backend() != "gloo":
         return
 
-    def leave() -> None:
-        torch.distributed.destroy_process_group()
-        gc.collect()  # a group that a dead cycle refers to keeps its threads
-
-    thread = threading.Thread(target=leave, name="vlit-leave-gloo", daemon=True)
+    gc.collect()  # a group that a dead cycle refers to keeps its threads
+    time.sleep(0.1)  # a group that DeepSpeed still refers to: its threads need the interpreter's lock for a moment
+    # last, because the others see the connections end, and this process should be the first to be gone
+    thread = threading.Thread(target=torch.distributed.destroy_process_group, name="vlit-leave-gloo", daemon=True)
     thread.start()
     thread.join(patience_s)
-    time.sleep(0.1)  # a group that DeepSpeed still refers to: its threads need the interpreter's lock for a moment
 
 
 def _pretend_torchrun() -> None:

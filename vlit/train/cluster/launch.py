@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vlit.train.cluster.exit_codes import EXIT_BUG, EXIT_CODES
+from vlit.train.cluster.exit_codes import EXIT_BUG, EXIT_CODES, EXIT_RANK_LOST
 
 PATIENCE_S = 600
 """How long processes may take to end after a signal; schedulers kill much earlier."""
@@ -31,7 +31,9 @@ def launch(words: Sequence[str]) -> int:
     try:
         torchrun.run(args)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # ranks that ended because another did tell less than that one, and times are whole seconds
+        causes = {rank: one for rank, one in error.failures.items() if one.exitcode != EXIT_RANK_LOST}
+        rank, failure = ChildFailedError("", causes or error.failures).get_first_failure()
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         what = EXIT_CODES.get(code, EXIT_CODES[EXIT_BUG])[0]
         print(
