@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vlit.config.deepspeed import deepspeed_mistakes
 from vlit.config.safe_yaml import parse_yaml
 from vlit.config.schema import RunConfig
 from vlit.errors import ConfigError
 from vlit.registry import load_plugins
 
-_DEEPSPEED = "vlit.train.zero.config"
-"""Checks ``runtime.deepspeed``. Of a higher floor, so imported by name, as components are, and only where the key is set."""
 _MAX_LINE = 1500
 """Longest line of an error; a value of a thousand digits says no more than its ends."""
 
@@ -148,10 +146,9 @@ def validate_config(data: dict[str, Any], *, name: str, origins: dict[str, str] 
         run = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, name, origins or {}) for e in error.errors())) from error
-    if run.runtime.deepspeed is not None:
-        mistakes = importlib.import_module(_DEEPSPEED).deepspeed_mistakes(run.runtime)
-        if mistakes:
-            raise ConfigError("\n".join(_line(where, text, name, origins or {}) for where, text in mistakes))
+    mistakes = deepspeed_mistakes(run.runtime)
+    if mistakes:
+        raise ConfigError("\n".join(_line(where, text, name, origins or {}) for where, text in mistakes))
     return run
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlit.config.deepspeed import stage_of
 from vlit.config.schema import OptimizerConfig, RuntimeConfig, TuningConfig
 from vlit.errors import ConfigError
 from vlit.kernels.cross_entropy import CrossEntropy
@@ -24,7 +25,7 @@ from vlit.models.tuning import part_of_parameters
 from vlit.train.distributed import Ranks
 from vlit.train.fragments import MASTER, Fragment, FragmentReader
 from vlit.train.optimizer import ADAMW_STATES, adamw, clip_factor, entries_of, groups_of, norms_by_part
-from vlit.train.zero.config import deepspeed_config, stage_of
+from vlit.train.zero.config import deepspeed_config
 from vlit.train.zero.optimizers import wrap
 from vlit.train.zero.shards import gathered
 from vlit.types import PackedBatch
