@@ -67,6 +67,13 @@ def packed_tensors(layer: nn.Module) -> list[Tensor]:
     return [held.weight, held.weight.SCB if held.weight.SCB is not None else held.state.SCB]
 
 
+def packed_apart(model: nn.Module) -> tuple[list[Tensor], list[nn.Parameter]]:
+    """What a model's quantised layers hold (:func:`packed_tensors`), and its other parameters."""
+    packed = [tensor for layer in packed_layers(model) for tensor in packed_tensors(layer)]
+    apart = {id(tensor) for tensor in packed}
+    return packed, [parameter for parameter in model.parameters() if id(parameter) not in apart]
+
+
 def take_packed(layer: nn.Module) -> dict[str, Tensor]:
     """Take a quantised layer's weight out of it, as plain tensors; :func:`give_packed` is the way back."""
     held: Any = layer

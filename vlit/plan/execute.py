@@ -18,7 +18,7 @@ from vlit.errors import ModelError
 from vlit.kernels.attention import Backend
 from vlit.kernels.planning import Kind, planned_for
 from vlit.models.assemble import VisionLanguageModel
-from vlit.models.quantize import packed_layers, packed_tensors
+from vlit.models.quantize import is_quantised, packed_apart
 from vlit.models.tuning import apply_tuning, has_lora, part_of_parameters
 from vlit.plan.packed import packed_products
 from vlit.plan.sdpa import fused_attention
@@ -76,13 +76,13 @@ def execute(
     trace = MemoryTrace(lambda *call: workspace(kind, *call), ANSWERS)
     trace.hold(model.parameters(), "weights")
     trace.hold(model.buffers(), "weights")
-    trace.hold((tensor for layer in packed_layers(model) for tensor in packed_tensors(layer)), "weights")
+    trace.hold(packed_apart(model)[0], "weights")
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p: trace.hold([_grad(p)], "gradients")) for p in trained.values()
     ]
     parts = part_of_parameters(model)
     try:
-        products = packed_products(kind) if packed_layers(model) else nullcontext()
+        products = packed_products(kind) if is_quantised(model) else nullcontext()
         with planned_for(kind), trace, fused_attention(kind), products:
             step = _Update(trained, parts, optimizer, trace)
             if sums:

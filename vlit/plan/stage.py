@@ -13,7 +13,7 @@ from torch import nn
 from vlit.config.schema import RunConfig
 from vlit.errors import ConfigError
 from vlit.models.assemble import VisionLanguageModel, build_empty_model, model_spec
-from vlit.models.quantize import original_of, packed_layers, packed_tensors
+from vlit.models.quantize import original_of, packed_apart
 from vlit.models.tuning import part_of_parameters
 from vlit.plan.cost import Checkpoints, Work, checkpoints, work
 from vlit.plan.execute import Executed, execute, tune
@@ -173,22 +173,22 @@ def _configured(run: RunConfig, name: str, ranks: int) -> Choice:
 
 def parameters_of(model: VisionLanguageModel, optimizer: str) -> Parameters:
     """What dividing the model depends on."""
-    packed = [tensor for layer in packed_layers(model) for tensor in packed_tensors(layer)]
-    apart = {id(tensor) for tensor in packed}
-    every = [(name, p) for name, p in model.named_parameters() if id(p) not in apart]
-    trained = sum(p.numel() for _, p in every if p.requires_grad)
+    packed, own = packed_apart(model)
+    cuttable = {id(p) for p in own}
+    trained = sum(p.numel() for p in own if p.requires_grad)
 
     def cut(module: nn.Module, *, recurse: bool) -> int:
-        return sum(p.numel() for p in module.parameters(recurse) if id(p) not in apart)
+        return sum(p.numel() for p in module.parameters(recurse) if id(p) in cuttable)
 
     leaves, blocks = [cut(m, recurse=False) for m in model.modules()], [cut(b, recurse=True) for b in model.llm.layers]
     states = 8
     if optimizer == "muon":
         parts = part_of_parameters(model)
-        muon = sum(p.numel() for n, p in every if p.requires_grad and p.ndim == 2 and parts[n] != "embeddings")
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and parts[n] != "embeddings"]
+        muon = sum(p.numel() for p in matrices if p.requires_grad)
         states = round((4 * muon + 8 * (trained - muon)) / trained)
     return Parameters(
-        trained, sum(p.numel() for _, p in every) - trained, max([*leaves, *blocks]), every[0][1].element_size(), states,
+        trained, sum(p.numel() for p in own) - trained, max([*leaves, *blocks]), own[0].element_size(), states,
         sum(tensor.nbytes for tensor in packed),
     )  # fmt: skip
 

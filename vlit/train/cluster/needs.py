@@ -19,7 +19,7 @@ from vlit.errors import VlitError
 from vlit.models.artifact import read_manifest
 from vlit.models.assemble import VisionLanguageModel, build_empty_model
 from vlit.models.interop import detect
-from vlit.models.quantize import original_of, packed_layers, packed_tensors
+from vlit.models.quantize import original_of, packed_apart
 from vlit.models.tuning import PartRow, apply_tuning, has_lora, part_of_parameters
 from vlit.train.cluster.comparison import size
 from vlit.train.distributed import Ranks, compute_dtype, effective_strategy
@@ -248,9 +248,7 @@ def count_parts(model: VisionLanguageModel) -> list[PartCount]:
 
 def weights_of(model: VisionLanguageModel, optimizer: str) -> Weights:
     """Bytes of a tuned model, its packed weights as small as they are."""
-    packed = [tensor for layer in packed_layers(model) for tensor in packed_tensors(layer)]
-    apart = {id(tensor) for tensor in packed}
-    own = [p for p in model.parameters() if id(p) not in apart]
+    packed, own = packed_apart(model)
     return Weights(
         trained=sum(p.numel() for p in own if p.requires_grad),
         frozen=sum(p.nbytes for p in own if not p.requires_grad),
