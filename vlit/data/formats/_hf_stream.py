@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlit.data.record_checks import BadRecord, kind_of, shown
 from vlit.errors import DataError
-
-_BEGINNINGS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif"}
 
 
 def streamed_rows(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
@@ -35,20 +33,14 @@ def streamed_rows(name: str, config: str, split: str) -> Iterator[dict[str, Any]
         ) from error
 
 
-def saved_pictures(value: Any, column: str, number: int, folder: Path) -> list[str]:
-    """Names below ``folder`` of a row's pictures; those that came as bytes are written there."""
-    found = []
-    for place, one in enumerate(value if isinstance(value, list) else [value]):
-        if one is None:
-            continue
-        content, path = (one.get("bytes"), one.get("path")) if isinstance(one, dict) else (None, one)
-        if isinstance(content, bytes):
-            ending = next((ending for begin, ending in _BEGINNINGS.items() if content.startswith(begin)), "")
-            target = folder / f"{number:08d}{f'_{place}' if isinstance(value, list) else ''}{ending}"
-            target.write_bytes(content)
-            found.append(target.name)
-        elif isinstance(path, str):
-            found.append(path)
-        else:
-            raise BadRecord(f"{column} is {kind_of(one)} {shown(one)}, expected bytes or a path", "image_path")
-    return found
+def save_picture(content: bytes, folder: Path, stem: str) -> str:
+    """Write a picture below ``folder`` as it came; its name ends as its content says, as far as PIL knows it."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            ending = f".{picture.format.lower()}" if picture.format else ""
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # training says what is wrong with it
+        ending = ""
+    (folder / f"{stem}{ending}").write_bytes(content)
+    return f"{stem}{ending}"

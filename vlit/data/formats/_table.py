@@ -6,7 +6,7 @@ Read in small batches. A picture that is stored as bytes is referred to by its p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,20 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _references(value: Any, column: str, row: int, file: Path) -> list[str]:
+    listed = isinstance(value, list)
+    return pictures_of(value, column, lambda _, n: f"{file.as_posix()}#{column}:{row}" + (f":{n}" if listed else ""))
+
+
+def pictures_of(value: Any, column: str, name_of_bytes: Callable[[bytes, int], str]) -> list[str]:
+    """References of the picture or pictures of a cell: paths as they are, of bytes (and their place) what ``name_of_bytes``
+    calls them."""
     found = []
     for place, one in enumerate(value if isinstance(value, list) else [value]):
         if one is None:
             continue
         content, path = (one.get("bytes"), one.get("path")) if isinstance(one, dict) else (one, one)
         if isinstance(content, bytes):
-            found.append(f"{file.as_posix()}#{column}:{row}" + (f":{place}" if isinstance(value, list) else ""))
+            found.append(name_of_bytes(content, place))
         elif isinstance(path, str):
             found.append(path)
         else:

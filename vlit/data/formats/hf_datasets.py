@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlit.data.formats._hf_stream import saved_pictures, streamed_rows
+from vlit.data.formats._hf_stream import save_picture, streamed_rows
 from vlit.data.formats._reader import load_json
-from vlit.data.formats._table import TableFormat
+from vlit.data.formats._table import TableFormat, pictures_of
 from vlit.data.record_checks import BadRecord
 from vlit.durable import make_folder
 from vlit.errors import DataError
@@ -45,13 +45,18 @@ class HfDatasetsFormat(TableFormat):
             if column is not None and not self.save_images:
                 raise DataError(f"{path}: column {column} holds pictures. Set save_images=FOLDER to keep them.")
             try:
-                if column is not None:
-                    make_folder(Path(self.save_images))
-                found = [] if column is None else saved_pictures(row[column], column, number, Path(self.save_images))
+                found = [] if column is None else self._saved(row[column], column, number)
             except BadRecord as bad:
                 yield bad
                 continue
             yield self.with_references(row, column, found)
+
+    def _saved(self, value: Any, column: str, row: int) -> list[str]:
+        folder, listed = Path(self.save_images), isinstance(value, list)
+        make_folder(folder)
+        return pictures_of(
+            value, column, lambda content, n: save_picture(content, folder, f"{row:08d}" + (f"_{n}" if listed else ""))
+        )
 
     def image_root(self, path: Path) -> Path:
         """Where the pictures of a streamed dataset are written."""
