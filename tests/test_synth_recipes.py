@@ -21,8 +21,9 @@ from vlit.errors import ConfigError
 from vlit.synth.digits.world import WorldPaths
 from vlit.synth.engine.estimate import estimate
 from vlit.synth.engine.parse import Pair, Rejected
-from vlit.synth.engine.pipeline import Report, run
+from vlit.synth.engine.pipeline import run
 from vlit.synth.engine.prompts import FOLDER, read_groups, read_list
+from vlit.synth.engine.report import Report
 from vlit.synth.engine.settings import SynthConfig, read_settings
 from vlit.synth.generators.digits import DigitsGenerator, digits_of_prompt
 from vlit.synth.recipes.minigpt4 import rule_filter

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlit.errors import ConfigError, DataError
 from vlit.synth.engine.estimate import estimate
-from vlit.synth.engine.pipeline import Report, build_teachers, run
+from vlit.synth.engine.pipeline import build_teachers, run
+from vlit.synth.engine.report import Report
 from vlit.synth.engine.settings import SynthConfig
 from vlit.synth.engine.status import read_status
 

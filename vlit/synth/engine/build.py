@@ -14,7 +14,8 @@ from pathlib import Path
 import orjson
 
 from vlit.data.record import Record, from_json, write_records
-from vlit.synth.engine.pipeline import Report, run
+from vlit.synth.engine.pipeline import run
+from vlit.synth.engine.report import Report
 from vlit.synth.engine.settings import BuildConfig
 from vlit.synth.engine.views import picture_prefix
 
