@@ -78,7 +78,7 @@ class DataConfig(Strict):
     """Most records of one image that are brought together; the others of that image come elsewhere in the epoch."""
     group_by_modality: bool = False
     """Give every step records with images or records without, in random turns, as LLaVA's `group_by_modality_length` does.
-    A step of text runs no encoder; losses of the two kinds of steps differ, so the loss curve jumps."""
+    Losses of the two kinds of steps differ, so the loss curve jumps."""
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Loader processes. `auto`: 0 for fewer than 4 cores, else up to 8; 0 loads in the training process."""
     cache_dir: str | None = None
