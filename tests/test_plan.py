@@ -6,8 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,16 @@ import yaml
 
 from benchmarks import memory as bench
 from benchmarks.models import Size
+from tests.tiny import needs_bitsandbytes
 from tests.tiny_run import tiny_run
 from vlit.cli import main
 from vlit.config.load import load_config, merge, read_yaml, validate_config
 from vlit.errors import ConfigError, ModelError
-from vlit.kernels.planning import Kind
 from vlit.plan import memory as plan_memory
-from vlit.plan import offload, report, scaling
+from vlit.plan import report, scaling
 from vlit.plan.execute import Executed
 from vlit.plan.hardware import DEVICES, Cluster, parse_gpus
-from vlit.plan.memory import Memory, Parameters, memory
-from vlit.plan.offload import Offload
-from vlit.plan.propose import Choice, candidates, yaml_lines
+from vlit.plan.memory import Parameters, memory
 from vlit.plan.stage import RunPlan, plan_run
 from vlit.plan.trace import MemoryTrace, Peak
 from vlit.plan.workload import Assumed
@@ -135,9 +132,9 @@ def test_the_published_recipe_is_planned_without_weights_and_data(published: Run
     assert not whole.fits(published.cluster)  # 16 bytes a weight on every GPU
 
 
+@needs_bitsandbytes
 def test_packed_weights_count_as_what_they_take_and_no_strategy_divides_them(published: RunPlan) -> None:
     """32 x (4 x 4096² + 3 x 4096 x 11008) values of LLaMA-7B: half a byte each, one for 64 of them, four for 64 x 256."""
-    pytest.importorskip("bitsandbytes")
     raw = merge(read_yaml(RECIPE.with_name("7b-lora.yaml")), {"model": {"llm": {"quantize": "4bit"}}})
     lora = merge(read_yaml(RECIPE), {key: value for key, value in raw.items() if key != "extends"})
     (stage,) = plan_run(validate_config(lora, name="qlora"), published.cluster, only="instruct").stages
@@ -258,165 +255,3 @@ def test_every_table_of_the_page_is_what_its_command_prints() -> None:
     assert set(found) == set(scaling.TABLES)
     for name, table in found.items():
         assert table == scaling.markdown(name), name
-
-
-def held_by(offload: Offload, ranks: int) -> Memory:
-    """6 G trained and 1 G frozen weights in bf16 under ``zero3``."""
-    parameters = Parameters(6_000_000_000, 1_000_000_000, largest_gathered=0, bytes_each=2)
-    peak = Peak({"weights": 14_000_000_000}, "forward", "x")
-    return memory(Executed(peak, peak, 0), parameters, Cluster(DEVICES["H100"], ranks), "zero3", offload)
-
-
-@pytest.mark.parametrize(
-    ("offload", "ranks", "on_gpu", "host", "nvme"),
-    [  # billions of bytes: weights, masters, optimizer states, gradients on the GPU; main memory; disk
-        (Offload(), 8, (1.75, 3, 6, 3), 0, 0),
-        (Offload(parameters="cpu"), 8, (0, 3, 6, 3), 1.75, 0),
-        (Offload("cpu"), 8, (1.75, 0, 0, 0), 12, 0),
-        (Offload("cpu", "cpu"), 8, (0, 0, 0, 0), 13.75, 0),
-        (Offload("nvme"), 8, (1.75, 0, 0, 0), 3 + 4 * 4 * 0.75, 12),
-        (Offload("nvme", "cpu"), 1, (0, 0, 0, 0), 24 + 4 * 4 * 1 + 14, 96),
-        (Offload("none", "nvme"), 8, (0, 3, 6, 3), 2 * 0.75 + 2 * 0.5, 0.25),  # 0.75 G trained weights stay in memory
-        (Offload("cpu", "nvme"), 1, (0, 0, 0, 0), 96 + 2 * 1 + 2 * 0.5, 14),  # 6 G do not
-    ],
-)  # fmt: skip
-def test_optimizer_and_parameters_are_offloaded_independently(
-    offload: Offload, ranks: int, on_gpu: tuple[float, ...], host: float, nvme: float
-) -> None:
-    found = held_by(offload, ranks)
-    names = ("weights", "fp32 masters", "optimizer states", "gradients")
-    assert tuple(found.components.get(name, 0) for name in names) == tuple(1e9 * value for value in on_gpu)
-    assert (found.host, found.nvme) == (1e9 * host, 1e9 * nvme)
-
-
-def test_offloaded_parameters_alone_do_not_make_a_7b_fit_one_gpu() -> None:
-    run = load_config(RECIPE, ["runtime.strategy=zero3", "runtime.offload.parameters=cpu"])
-    plan = plan_run(run, parse_gpus("1xA100-80"), only="instruct")
-    held, trained = plan.stages[0].configured.memory, 6_476_271_616 + 262_144_000 + 20_979_712
-    assert held.components["fp32 masters"] == held.components["gradients"] == 4 * trained
-    assert held.components["optimizer states"] == 8 * trained
-    assert held.host == 2 * (trained + 290_909_184)
-    assert not held.fits(plan.cluster)
-    assert "zero3 + offload {parameters: cpu}" in report.as_text(plan)
-
-
-def test_offload_to_disk_has_a_line_and_a_time_of_its_own(tiny_dir: Path, tmp_path: Path) -> None:
-    overrides = ["strategy=zero3", "precision=bf16", "offload.nvme_path=/ssd"]
-
-    def planned(gpus: str, *places: str) -> RunPlan:
-        settings = [f"runtime.{setting}" for setting in (*overrides, *places)]
-        return plan_run(tiny_run(tiny_dir, tmp_path, *settings), parse_gpus(gpus), only="instruct")
-
-    plan, rate = planned("8xH100", "offload.optimizer=nvme"), 3e9
-    (stage,) = plan.stages
-    time, owned = stage.configured.time, stage.parameters.trained / 8
-    assert time is not None
-    assert time.nvme == pytest.approx(8 * 2 * 16 * owned / rate)  # eight GPUs read and write 16 bytes a value
-    assert time.total == pytest.approx(time.compute + time.memory + time.communication + time.nvme)
-    text = report.as_text(plan)
-    assert "of the NVMe disk a rank" in text
-    assert "NVMe at 3 GB/s a machine" in text
-    judged = report.as_json(plan)["stages"]["instruct"]["configured"]
-    assert judged["nvme_bytes"] == pytest.approx(16 * owned, abs=64)
-    assert judged["offload"] == {"optimizer": "nvme", "parameters": "none", "nvme_path": "/ssd"}
-
-    (stage,) = planned("1xH100", "offload.parameters=nvme").stages
-    frozen = 2 * stage.parameters.frozen
-    assert frozen == stage.configured.memory.nvme > 0  # the few trained weights stay in main memory
-    assert stage.configured.time is not None
-    assert stage.configured.time.nvme == pytest.approx(2 * stage.configured.rows * frozen / rate)  # read, never written
-    assert "NVMe" not in report.as_text(planned("1xH100", "offload.parameters=cpu"))
-
-
-def test_a_run_offloaded_to_disk_stays_a_choice_and_a_configuration() -> None:
-    places = Offload("nvme", "cpu", nvme_path="/local ssd: fast")
-    choice = Choice("zero3", places, "full", 4096)
-    assert choice in set(candidates(1, 100, 8192, muon=False, configured=choice))
-    pasted = yaml.safe_load("\n".join(yaml_lines({"instruct": choice})))
-    run = validate_config(merge(read_yaml(RECIPE), pasted), name="pasted")
-    assert run.runtime.offload.model_dump() == asdict(places)
-
-
-def test_places_and_buffers_of_offloading_are_deepspeeds() -> None:
-    pytest.importorskip("deepspeed")
-    from deepspeed.runtime.zero import offload_config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    weights = offload_config.DeepSpeedZeroOffloadParamConfig()
-    assert offload_config.DeepSpeedZeroOffloadOptimizerConfig().buffer_count == offload.SWAP_BUFFERS
-    assert weights.max_in_cpu == offload.WEIGHTS_IN_MEMORY
-    assert weights.buffer_count * weights.buffer_size == offload.READ_BUFFERS
-    assert DeepSpeedZeroConfig().sub_group_size == offload.SUB_GROUP
-
-
-W, V = 512, 8192
-LOGITS: dict[str, tuple[bench.MemoryCase, Kind, int]] = {
-    # 640 positions in one chunk, blocks of 128 rows in fp32, both gradients in bf16
-    "CPU, one chunk": (
-        bench.MemoryCase("", SIZE, bench.INSTRUCT, rows=TWO_ROWS), "cpu",
-        640 * V * 2 + 128 * V * 4 + 640 * W * 2 + V * W * 2,
-    ),
-    # 2,000 positions in two chunks of 1,000: the head's gradient is summed in fp32 beside the product, cast 512 rows at a time
-    "CPU, two chunks": (
-        bench.MemoryCase("", SIZE, bench.INSTRUCT, rows=((1, 4000, 1),) * 2), "cpu",
-        1000 * V * 2 + 128 * V * 4 + 2000 * W * 2 + V * W * (4 + 2) + 512 * W * 4,
-    ),
-    # fp32 logits are overwritten where they are
-    "CPU, fp32": (
-        bench.MemoryCase("", SIZE, bench.INSTRUCT, dtype="float32", rows=TWO_ROWS), "cpu",
-        640 * V * 4 + 640 * W * 4 + V * W * 4,
-    ),
-    "CPU, frozen head": (
-        bench.MemoryCase("", SIZE, bench.ALIGN, rows=TWO_ROWS), "cpu", 640 * V * 2 + 128 * V * 4 + 640 * W * 2,
-    ),
-    # a block is a whole chunk, gradients are fp32; 5,000 positions are two chunks of 2,500
-    "GPU, one chunk": (
-        bench.MemoryCase("", SIZE, bench.INSTRUCT, rows=TWO_ROWS), "cuda",
-        640 * V * (2 + 4) + 640 * W * 4 + V * W * 4,
-    ),
-    "GPU, two chunks": (
-        bench.MemoryCase("", SIZE, bench.INSTRUCT, rows=((1, 10_000, 1),) * 2), "cuda",
-        2500 * V * (2 + 4) + 5000 * W * 4 + V * W * 4,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LOGITS)
-def test_logits_are_what_the_head_and_its_loss_hold(name: str) -> None:
-    case, kind, expected = LOGITS[name]
-    found = bench.predict(case, kind=kind).logits_highest
-    assert expected <= found <= expected + 256 * 1024  # and a few numbers a position
-
-
-@pytest.mark.parametrize("name", ["align, fp32", "instruct, fp32", "vocabulary 96,000", "LoRA", "instruct"])
-def test_counting_logits_apart_changes_no_total(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = (case for case in bench.CASES if case.name == name)
-    bench.predict(case)  # the first one of a process holds 24 bytes a token more
-    apart = bench.predict(case)
-    monkeypatch.setattr(MemoryTrace, "apart", lambda *words: nullcontext())
-    together = bench.predict(case)
-    assert apart.logits_highest > together.logits_highest == 0
-    assert apart.saved == together.saved
-    for a, b in ((apart.peak, together.peak), (apart.without_gradients, together.without_gradients)):
-        assert (a.total, a.phase, a.operator) == (b.total, b.phase, b.operator)
-        assert a.bytes.get("saved", 0) + a.bytes["logits"] == b.bytes.get("saved", 0)
-
-
-def test_a_peak_in_the_loss_shows_its_logits() -> None:
-    (case,) = (case for case in bench.CASES if case.name == "instruct, fp32")
-    executed = bench.predict(case)
-    parameters = Parameters(1, 0, largest_gathered=0, bytes_each=4)
-    found = memory(executed, parameters, Cluster(DEVICES["H100"], 1), "none").components
-    positions = 16 * 100
-    assert found["logits"] > positions * 512 * 4 + 8192 * 512 * 4  # the gradients alone
-    assert found["logits"] == pytest.approx(executed.logits_highest, rel=0.01)
-
-
-def test_the_memory_table_holds_todays_predictions() -> None:
-    rows = json.loads((ROOT / "docs" / "measurements" / "memory_cpu.json").read_text(encoding="utf-8"))["rows"]
-    loose = {case.name: case for case in bench.CASES if case.quantize == "none"}
-    compared = [row for row in rows if row["case"] in loose]
-    assert len(compared) == len(loose) > 10
-    for row in compared:
-        predicted = bench.predict(loose[row["case"]]).peak.total / 2**20
-        assert predicted == pytest.approx(row["predicted_mb"], abs=0.2), row["case"]

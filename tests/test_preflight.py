@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from tests.ranks import PROGRAMS, ROOT, by_hand, environment, launched
+from tests.tiny import needs_bitsandbytes
 from tests.tiny_run import tiny_run
 from vlit.cli import main
 from vlit.config.load import load_config
@@ -287,7 +288,7 @@ def test_weights_that_do_not_fit_the_memory_are_refused_before_they_are_read(
     assert f"(2) {tmp_path / 'out' / 'instruct'}: 2 checkpoints of {size(3 * least)}, " in error
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@needs_bitsandbytes
 def test_a_decoder_that_fits_only_when_it_is_quantised_is_refused_only_when_it_is_not(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ from torch import nn
 
 from tests.rank_cases import Case, run_cases
 from tests.rank_hooks import Hook
-from tests.tiny import build_encoder, build_llm
+from tests.tiny import build_encoder, build_llm, needs_bitsandbytes
 from tests.tiny_run import losses_of, tiny_run, write_dataset
 from vlit.config.schema import ModelConfig, PartTuning, TuningConfig
 from vlit.errors import ConfigError, ModelError
@@ -27,9 +26,6 @@ from vlit.models.tuning import apply_tuning, merge_lora, table_of_parts
 
 MODES = ("8bit", "4bit")
 LORA = {"mode": "lora", "rank": 4, "alpha": 8}
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
 
 
 def built(tiny_dir: Path, quantize: str, *, dtype: torch.dtype = torch.float32) -> VisionLanguageModel:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from tests import teacher_server
 from tests.small_world import small_world
+from tests.spoilt_pictures import bare_pictures
 from tests.teacher_server import running
 from vlit.data.record import Record, write_records
 from vlit.registry import RECIPES
@@ -58,10 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> WorldPaths:
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """Four pictures of one colour each, and two finished records about them."""
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    for number in range(4):
-        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(folder / f"{number}.png")
+    folder = bare_pictures(tmp_path / "bare", 4)
     said = (Turn("user", "<image>\nWhat colour?"), Turn("assistant", "Red."))
     more = (Turn("user", "Sure?"), Turn("assistant", "Yes."))
     records = [Record("one", said, ("0.png",)), Record("two", said + more, ("1.png",))]

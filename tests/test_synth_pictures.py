@@ -6,50 +6,32 @@ import base64
 import io
 import json
 import os
-import socket
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.spoilt_pictures import GREEN, SECRET, about, dots, empty, left_out, png, truncated
 from tests.teacher_server import Server, running
 from tests.tiny import build_encoder, build_llm
-from vlit.cli import main
 from vlit.config.schema import ModelConfig
 from vlit.data.record import Record, read_records, write_records
-from vlit.errors import ConfigError, DataError
+from vlit.errors import DataError
 from vlit.models.assemble import build_model
 from vlit.models.interop.export_hf import export_hf
 from vlit.registry import TEMPLATES
 from vlit.synth.engine.calls import CallLog
 from vlit.synth.engine.client import Client
 from vlit.synth.engine.parse import Rejected
-from vlit.synth.engine.pipeline import Report, run
+from vlit.synth.engine.pipeline import run
+from vlit.synth.engine.report import Report
 from vlit.synth.engine.settings import read_settings
-from vlit.synth.engine.similarity import clip_features
 from vlit.synth.engine.teacher import Ask, Message
-from vlit.synth.quality.models import clip_scores
 from vlit.synth.teachers.local import LocalConfig
-from vlit.types import Turn
-
-CLIP = str(Path(__file__).resolve().parent.parent / "vlit" / "synth" / "digits" / "bases" / "clip")
-GREEN, SECRET = (0, 200, 0), (250, 0, 250)
-
-
-def png(path: Path, colour: tuple[int, int, int] = GREEN, size: tuple[int, int] = (24, 24)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
-
-
-def about(name: str, identity: str, kind: str | None = None) -> Record:
-    turns = (Turn("user", "<image>\nWhat colour is it?"), Turn("assistant", "It is green."))
-    return Record(identity, turns, (name,), kind=kind)
 
 
 def settings(server: Server, folder: Path, recipe: Any, **more: Any) -> dict[str, Any]:
@@ -66,12 +48,6 @@ def judged(server: Server, folder: Path, records: list[Record]) -> Report:
     write_records(folder / "data.jsonl", records)
     raw = settings(server, folder, "judge", records=[str(folder / "data.jsonl")])
     return run(read_settings(None, raw), show=False)
-
-
-def left_out(folder: Path) -> dict[str, str]:
-    """Reason by item."""
-    rows = [json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()]
-    return {row["id"]: row["reason"] for row in rows}
 
 
 def sent_requests(folder: Path) -> int:
@@ -95,7 +71,7 @@ def pictures_sent(server: Server) -> list[Image.Image]:
 def shows(picture: Image.Image, colour: tuple[int, int, int]) -> bool:
     return all(
         abs(a - b) < 12 for a, b in zip(picture.convert("RGB").resize((1, 1)).getpixel((0, 0)), colour, strict=True)
-    )  # type: ignore[arg-type]
+    )
 
 
 # References that lead out
@@ -191,16 +167,6 @@ def test_a_picture_in_a_container_is_sent(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # Pictures that cannot be used
-
-
-def truncated(path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[:3000])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def text(path: Path) -> None:
@@ -328,84 +294,3 @@ def test_a_transformers_model_on_this_machine_sees_the_picture_as_transformers_r
     model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "x", dtype=torch.float32).eval()
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert said == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() != ""
-
-
-# Similarity and CLIP
-
-
-def dots(path: Path, seed: int) -> None:
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
-
-
-@pytest.mark.parametrize("by", ["image_hash", "clip"])
-def test_sets_by_picture_leave_out_what_cannot_be_decoded_or_leads_out(tmp_path: Path, by: str) -> None:
-    png(tmp_path / "outside" / "private.png", SECRET)
-    for number in range(4):
-        dots(tmp_path / "mypics" / f"{number}.png", number)
-    truncated(tmp_path / "mypics" / "cut.png")
-    names = [f"{n}.png" for n in range(4)] + ["cut.png", absolute(tmp_path)]
-    write_records(tmp_path / "data.jsonl", [about(name, f"r{place}") for place, name in enumerate(names)])
-    raw = {"recipe": {"type": "otter", "by": by, "clip": CLIP}, "records": [str(tmp_path / "data.jsonl")],
-           "images": str(tmp_path / "mypics"), "out": str(tmp_path / "out")}  # fmt: skip
-    report = run(read_settings(None, raw), show=False)
-    made = list(read_records(tmp_path / "out" / "dataset.jsonl"))
-    assert [record.id for record in made] == [f"r{n}-in-context" for n in range(4)]
-    assert {name for record in made for name in record.images} == set(names[:4])
-    assert report.stages[0].rejected == {"picture": 2}
-    reasons = left_out(tmp_path)
-    assert reasons.keys() == {"r4", "r5"}
-    assert "cut.png" in reasons["r4"]
-    assert "outside the image folder" in reasons["r5"]
-
-
-def test_sets_of_nothing_but_damaged_pictures_are_empty_with_reasons(tmp_path: Path) -> None:
-    (tmp_path / "mypics").mkdir()
-    empty(tmp_path / "mypics" / "a.png")
-    write_records(tmp_path / "data.jsonl", [about("a.png", "a"), about("a.png", "b")])
-    raw = {"recipe": {"type": "otter", "by": "image_hash"}, "records": [str(tmp_path / "data.jsonl")],
-           "images": str(tmp_path / "mypics"), "out": str(tmp_path / "out")}  # fmt: skip
-    assert run(read_settings(None, raw), show=False).records == 0
-    assert left_out(tmp_path).keys() == {"a", "b"}
-
-
-def test_clip_features_of_other_pictures_are_the_same_beside_a_damaged_one(tmp_path: Path) -> None:
-    for number in range(3):
-        dots(tmp_path / "p" / f"{number}.png", number)
-    truncated(tmp_path / "p" / "cut.png")
-    whole = [str(tmp_path / "p" / f"{number}.png") for number in range(3)]
-    mixed = clip_features([whole[0], str(tmp_path / "p" / "cut.png"), *whole[1:]], CLIP, batch=1)
-    assert np.isnan(mixed[1]).all()
-    np.testing.assert_allclose(mixed[[0, 2, 3]], clip_features(whole, CLIP), atol=1e-5)
-
-
-def test_clip_scores_are_nan_where_the_picture_is_damaged(tmp_path: Path) -> None:
-    dots(tmp_path / "a.png", 1)
-    truncated(tmp_path / "cut.png")
-    records = [about("a.png", "a"), about("cut.png", "cut")]
-    score = clip_scores(records, CLIP, root=tmp_path)[0]["clip_score"]
-    assert np.isnan(score).tolist() == [False, True]
-    assert score[0] == pytest.approx(clip_scores(records[:1], CLIP, root=tmp_path)[0]["clip_score"][0], abs=1e-5)
-
-
-def test_a_clip_folder_that_is_none_is_one_error_and_no_connection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*args: Any, **more: Any) -> Any:
-        raise AssertionError("a connection was attempted")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    dots(tmp_path / "a.png", 1)
-    write_records(tmp_path / "data.jsonl", [about("a.png", "a")])
-    (tmp_path / "bare").mkdir()
-    words = ["synth", "quality", str(tmp_path / "data.jsonl"), "--images", str(tmp_path), "--clip"]
-    for folder, why in (("nope", "nope is not a folder"), (str(tmp_path / "bare"), "cannot be read as a CLIP model")):
-        assert main([*words, folder]) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        assert why in said
-        assert "--clip" in said
-    with pytest.raises(ConfigError, match=r"recipe\.clip"):
-        clip_features([str(tmp_path / "a.png")], "nope")

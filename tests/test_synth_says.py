@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from tests.spoilt_pictures import bare_pictures
 from vlit.cli import main
 from vlit.synth.engine.prompts import FOLDER
 
@@ -17,11 +17,7 @@ TEACHER = ("--teacher", "openai", "teacher.base_url=http://127.0.0.1:9/v1", "tea
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Three bare pictures."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for number in range(3):
-        Image.new("RGB", (30, 20), (80 * number, 10, 10)).save(folder / f"{number}.png")
-    return folder
+    return bare_pictures(tmp_path / "pictures", 3)
 
 
 def test_an_endpoint_that_is_not_there_is_the_reason_that_is_given(

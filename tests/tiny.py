@@ -12,10 +12,12 @@ Vision parts: 32 px images, 8 px patches (16 patches), width 32, 4 blocks. Langu
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,6 +56,9 @@ ENCODER_KINDS = (
     "clip", "clip_vision", "siglip", "siglip_vision", "siglip2", "siglip2_naflex", "dinov2", "dinov2_with_registers",
     "dinov3_vit", "vit", "blip2_vision",
 )  # fmt: skip
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 LLM_KINDS = (
     "llama", "llama_gqa", "llama_tied", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3",
 )  # fmt: skip
