@@ -2,15 +2,17 @@
 
 The prediction executes a step of the model on the meta device (:mod:`vlit.plan.execute`). The measurement trains the same
 model, with random weights, in a fresh process: two steps of vlit's own ``train_step``, the highest resident memory
-(VmHWM) less what was resident before the model was built. Imports, compiled kernels and a whole run of a tiny model come
-before, so they do not count.
+(VmHWM) less what was resident before the model was built. A step of the same case comes before and its model is dropped,
+so what the process itself takes once, imports and the kernels that oneDNN compiles and keeps for each shape, is no part of
+it and stands in a column of its own.
 
 glibc's settings decide how much freed memory stays resident, so there are two measurements:
 
 | column     | freed memory                                                                                               |
 |------------|------------------------------------------------------------------------------------------------------------|
-| measured   | goes back to the system at once (every block of 128 KiB or more is mapped by itself): what the step holds     |
-| kept       | stays (training's own setting, ``keep_freed_memory``): the same plus the gaps between blocks; with ``--kept`` |
+| measured   | goes back at once (a block of 128 KiB or more is mapped by itself, in small pages): what the step holds       |
+| kept       | stays (training's own settings, with huge pages): the same plus the gaps between blocks; with ``--kept``      |
+| once       | memory of the process that the first step of this case left for good; weights and rows do not change it       |
 
 Exit status 1 when a prediction is more than 10 % away from ``measured``.
 """
@@ -25,7 +27,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,6 @@ from vlit.types import IGNORE_INDEX, PackedBatch, TokenizedSample
 
 TOLERANCE = 0.10
 STEPS = 2
-TINY = Size(56, 14, 64, 2, 2, 128, 2, 2, 256, 1024)
 SMALL = Size(112, 14, 256, 4, 4, 512, 6, 8, 1376, 8192)
 WIDE = Size(224, 14, 512, 6, 8, 1024, 6, 16, 2752, 32_000)
 BIG_VOCABULARY = Size(112, 14, 256, 4, 4, 512, 4, 8, 1376, 96_000)
@@ -149,8 +150,8 @@ def make_row(size: Size, records: int, text: int, images: int, seed: int) -> Pac
     return collate_samples(samples, list(pixels), image_size=size.image_size)
 
 
-def train(case: MemoryCase, folder: Path, *, threads: int) -> dict[str, float]:
-    """Build, train ``STEPS`` steps, and report MiB: resident before the model, after it was built, and at the peak."""
+def train(case: MemoryCase, folder: Path, *, threads: int, steps: int) -> dict[str, float]:
+    """Build, train ``steps`` steps, and report MiB: resident before the model, after it was built, and at the peak."""
     from vlit.models.flops import UsefulFlops
     from vlit.models.tuning import apply_tuning
     from vlit.train.distributed import start_ranks
@@ -170,7 +171,7 @@ def train(case: MemoryCase, folder: Path, *, threads: int) -> dict[str, float]:
     built = _settled()
     forget_peak("cpu")
     flops = UsefulFlops(model)
-    for step in range(STEPS):
+    for step in range(steps):
         train_step(engine, StepBatch(step, rows), ranks=ranks, lr_factor=1.0, clip=1.0, flops=flops, sources=["memory"])
     return {"before_mb": before, "built_mb": built, "peak_mb": peak_memory_mb("cpu")}
 
@@ -183,7 +184,7 @@ def _settled() -> float:
 
 
 def worker(job: dict[str, Any]) -> None:
-    """Run in a process of its own: a tiny model first, then the case; prints the result as JSON."""
+    """Run in a process of its own: a step of the case that is not counted, then those that are; prints JSON."""
     if not job["kept"]:
         from vlit.train import distributed
 
@@ -192,24 +193,21 @@ def worker(job: dict[str, Any]) -> None:
         mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD
         mallopt(-1, 1 << 17)  # M_TRIM_THRESHOLD
     case = MemoryCase(**job["case"] | {"size": Size(**job["case"]["size"])})
-    with tempfile.TemporaryDirectory() as root:
-        tiny = replace(case, size=TINY, rows=((2, 20, 1), (2, 20, 1)))
-        write_shape(tiny, Path(root))
-        write_model(tiny, Path(root))
-        train(tiny, Path(root), threads=job["threads"])
-    print(json.dumps(train(case, Path(job["folder"]), threads=job["threads"])))
+    folder, threads = Path(job["folder"]), job["threads"]
+    first = train(case, folder, threads=threads, steps=1)
+    found = train(case, folder, threads=threads, steps=STEPS)
+    print(json.dumps({"step": found["peak_mb"] - found["before_mb"], "once": found["before_mb"] - first["before_mb"]}))
 
 
-def measure(case: MemoryCase, folder: Path, *, threads: int = 1, kept: bool = False) -> float:
-    """MiB the case's training takes beyond what the process had before."""
+def measure(case: MemoryCase, folder: Path, *, threads: int = 1, kept: bool = False) -> dict[str, float]:
+    """MiB of a process: ``step``, what the case's training takes, and ``once``, what the process keeps for its shapes."""
     job = {"case": asdict(case), "folder": str(folder), "threads": threads, "kept": kept}
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(kept)}"}
     command = [sys.executable, "-m", "benchmarks.memory", "--worker", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{case.name}: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return float(found["peak_mb"] - found["before_mb"])
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def compare(case: MemoryCase, *, threads: int = 1, kept: bool = False) -> dict[str, Any]:
@@ -217,8 +215,9 @@ def compare(case: MemoryCase, *, threads: int = 1, kept: bool = False) -> dict[s
     executed = predict(case)
     with tempfile.TemporaryDirectory() as root:
         write_model(case, Path(root))
-        measured = measure(case, Path(root), threads=threads)
-        with_gaps = measure(case, Path(root), threads=threads, kept=True) if kept else None
+        found = measure(case, Path(root), threads=threads)
+        with_gaps = measure(case, Path(root), threads=threads, kept=True)["step"] if kept else None
+    measured = found["step"]
     predicted = executed.peak.total / 2**20
     return {
         "case": case.name,
@@ -226,6 +225,7 @@ def compare(case: MemoryCase, *, threads: int = 1, kept: bool = False) -> dict[s
         "predicted_mb": round(predicted, 1),
         "measured_mb": round(measured, 1),
         "ratio": round(predicted / measured, 3),
+        "once_mb": round(found["once"], 1),
         "kept_mb": None if with_gaps is None else round(with_gaps, 1),
         "where": f"{executed.peak.phase}, {executed.peak.operator}",
         "components_mb": {name: round(size / 2**20, 1) for name, size in executed.peak.bytes.items() if size},
@@ -254,7 +254,8 @@ def main() -> int:
             print(result["rows"][-1], file=sys.stderr)
     columns = [
         ("case", "case", ""), ("dtype", "dtype", ""), ("predicted MiB", "predicted_mb", ",.0f"),
-        ("measured MiB", "measured_mb", ",.0f"), ("ratio", "ratio", ".3f"), ("kept MiB", "kept_mb", ",.0f"),
+        ("measured MiB", "measured_mb", ",.0f"), ("ratio", "ratio", ".3f"), ("once MiB", "once_mb", ",.0f"),
+        ("kept MiB", "kept_mb", ",.0f"),
     ]  # fmt: skip
     print(timing.table(result["rows"], columns))
     timing.write_json(args.json, result)

@@ -61,7 +61,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     found = {}
     for case, mb in zip(CASES, measured, strict=True):
         shutil.rmtree(folder / f"parts-{case.name}")
-        found[case.name] = {"measured": mb, "predicted": bench.predict(case).peak.total / 2**20}
+        found[case.name] = {"measured": mb["step"], "predicted": bench.predict(case).peak.total / 2**20}
     return found
 
 
