@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from vlit.types import ModelSpec
 
@@ -17,6 +19,10 @@ WHOLE_RUNS = {
 }  # fmt: skip
 """Test modules that start torchrun, launchers or fresh processes again and again: ``make test-slow``."""
 
+
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("other")  # new examples every time: HYPOTHESIS_PROFILE=other
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     # shells start background jobs with Ctrl-C ignored, and the commands under test would inherit that

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig
 
 from tests.batches import Example, packed, random_example
 from tests.tiny import IMAGE_SIZE, LLM_KINDS, NUM_PATCHES, build_encoder, build_llm
@@ -234,8 +235,9 @@ def test_text_only_batch_gives_a_trained_connector_a_zero_gradient_not_none(tiny
     assert all(g.abs().max() == 0 for g in found.values())
 
 
-def test_batched_generation_equals_single_and_equals_argmax_of_the_packed_forward(tiny_dir: Path) -> None:
-    model = assemble(tiny_dir).eval()
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_batched_generation_equals_single_and_equals_argmax_of_the_packed_forward(kind: str, tiny_dir: Path) -> None:
+    model = assemble(tiny_dir, kind).eval()
     prompts = [Prompt(e.ids.clamp(min=0), e.ids < 0, e.pixels) for e in examples(model)]
     together = generate_ids(model, prompts, max_new_tokens=6, stop=[])
     alone = [generate_ids(model, [p], max_new_tokens=6, stop=[])[0] for p in prompts]
@@ -247,6 +249,19 @@ def test_batched_generation_equals_single_and_equals_argmax_of_the_packed_forwar
             example = Example(row, torch.full_like(row, -100), prompt.pixels)
             with torch.no_grad():
                 assert int(model.logits(packed([example]))[-1].argmax()) == generated[length]
+
+
+def test_answers_do_not_depend_on_the_generation_config_of_the_base_model(tiny_dir: Path) -> None:
+    model = assemble(tiny_dir).eval()
+    prompts = [Prompt(e.ids.clamp(min=0), e.ids < 0, e.pixels) for e in examples(model)]
+    plain = generate_ids(model, prompts, max_new_tokens=12, stop=[])
+    held = GenerationConfig(
+        do_sample=True, temperature=0.7, top_k=3, repetition_penalty=5.0, no_repeat_ngram_size=2, num_beams=2,
+        forced_eos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model.llm.hf.generation_config = held
+    assert generate_ids(model, prompts, max_new_tokens=12, stop=[]) == plain
+    assert model.llm.hf.generation_config is held  # what an export writes
 
 
 def test_generation_stops_before_a_sequence_of_several_tokens(tiny_dir: Path) -> None:

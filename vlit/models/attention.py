@@ -7,7 +7,6 @@ through instead of building a T x T one; the segments travel as a keyword argume
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -102,12 +101,17 @@ def attention_forward(
 
     Raises:
         ModelError: a packed row arrived without its segments (the decoder drops keyword arguments), or the layer uses
-            attention sinks, which this attention does not compute.
+            attention sinks or a mask of its own, which this attention does not compute.
     """
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} uses attention sinks, which packed attention does not support.")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if vlit_segments is not None:
+        if attention_mask is None or tuple(attention_mask.shape) != _PACKED_MASK_SHAPE:
+            raise ModelError(
+                f"{type(module).__name__} brings a mask or bias of its own, which packed attention does not add. This language "
+                "model cannot be trained packed; please report its model_type."
+            )
         out = _packed(
             query[0],
             key[0],
@@ -139,7 +143,8 @@ def attention_forward(
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         attention_mask = causal.tril(scores.shape[-1] - scores.shape[-2])
     if attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, -math.inf)
+        # not -inf: a row of padding sees nothing, and its NaN would reach the others through 0 * NaN in the next layer
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     else:
         scores = scores + attention_mask
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)

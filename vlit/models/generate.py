@@ -6,7 +6,8 @@ prompt, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +63,31 @@ def generate_ids(
             use_cache=True,
         )
         longer = [s for s in ends if len(s) > 1]
-        out = hf.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_EndsWith(longer)] if longer else []),
-            streamer=streamer,
-        )
+        with _no_defaults(hf):
+            out = hf.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_EndsWith(longer)] if longer else []),
+                streamer=streamer,
+            )
     model.train(was_training)
     return [_before_stop(row, ends) for row in out.tolist()]
+
+
+@contextmanager
+def _no_defaults(hf: Any) -> Iterator[None]:
+    """Without the ``generation_config.json`` of the base model: what a config leaves open would be taken from there, and a
+    repetition penalty or beams are not greedy decoding.
+    """
+    from transformers import GenerationConfig
+
+    held = hf.generation_config
+    hf.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        hf.generation_config = held
 
 
 def _left_padded(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from vlit.config.schema import PartTuning, RunConfig
 from vlit.errors import TrainingError
 from vlit.models.artifact import check_same_parts, fingerprints, load_model, model_config, read_manifest
 from vlit.models.assemble import VisionLanguageModel, build_model
+from vlit.models.decoder_check import check_decoder
 from vlit.models.flops import UsefulFlops
 from vlit.models.interop import initialise
 from vlit.models.trusted import asks_for_remote_code
@@ -47,6 +48,8 @@ def model_of_stage(
 
     def load() -> Tuned:
         tuned = _load(run, previous, dtype)
+        if strategy == "zero3":
+            check_decoder(tuned.model.llm)  # while the weights are whole
         _prepare_parts(tuned, name, run)
         tuned.unchanged = fingerprints(tuned.model)
         tuned.rows = table_of_parts(tuned.model, run.stages[name].tuning, run.stages[name].lr)
@@ -68,6 +71,8 @@ def model_of_stage(
         tuned = load()
         _same_on_all(tuned.unchanged, ranks)
     tuned.model.to(ranks.device)
+    if strategy != "zero3":
+        ranks.on_main(lambda: check_decoder(tuned.model.llm))
     if ranks.is_main:
         print(f"model loaded in {time.perf_counter() - started:.1f}s", file=sys.stderr)
     return tuned

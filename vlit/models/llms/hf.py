@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlit.errors import ModelError
 from vlit.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
-from vlit.models.attention import register
+from vlit.models.attention import NAME, register
 from vlit.models.foreign import reads_model
 from vlit.models.hub import dropouts, read_config, set_recompute
 from vlit.models.interfaces import LanguageModel, LLMConfig
@@ -43,6 +43,17 @@ class HeadLoss(nn.Module):
         )  # fmt: skip
 
 
+def _logit_scale(config: Any) -> float:
+    """What the family multiplies its logits by; they name it in three ways, and one name means two things."""
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if not scaling:
+        return 1.0
+    return float(scaling) if config.model_type.startswith("hyperclovax") else 1.0 / float(scaling)  # Granite divides
+
+
 class HFLanguageModel(LanguageModel):
     """A transformers causal LM seen as ``embed -> hidden_states -> loss``."""
 
@@ -55,9 +66,7 @@ class HFLanguageModel(LanguageModel):
         self.width = int(config.hidden_size)
         self.vocabulary = int(config.vocab_size)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
-        scale = getattr(config, "logit_scale", None)  # Cohere multiplies by it
-        self.logit_scale = float(scale) if scale is not None else (1.0 / scaling if scaling else 1.0)
+        self.logit_scale = _logit_scale(config)
         self.head_loss = HeadLoss(self)
 
     @property
@@ -100,7 +109,10 @@ class HFLanguageModel(LanguageModel):
 
 @LLMS.register("hf")
 class HFLanguageModelConfig(LLMConfig):
-    """Any transformers causal LM: LLaMA/Vicuna, Mistral, Qwen, Phi, Gemma, ..."""
+    """Any transformers causal LM whose layers are attention and MLP or experts: LLaMA/Vicuna, Mistral, Qwen, Phi, Gemma, ...
+
+    Decoders that keep samples of a row apart in no way, or change logits in a way of their own, are refused at the start.
+    """
 
     type: str = "hf"
     path: str
@@ -138,7 +150,7 @@ class HFLanguageModelConfig(LLMConfig):
         """
         from transformers import AutoModelForCausalLM
 
-        self._config()
+        config = self._config()
         try:
             loaded: Any = load_pretrained(
                 AutoModelForCausalLM,
@@ -152,6 +164,13 @@ class HFLanguageModelConfig(LLMConfig):
             )
         except (OSError, ValueError) as error:
             raise ModelError(f'model.llm.path "{self.path}": {" ".join(str(error).split())[:400]}') from error
+        except KeyError as error:
+            if error.args != (NAME,):
+                raise
+            raise ModelError(
+                f'model.llm.path "{self.path}": model_type {config.model_type} has attention of its own and takes no other, so '
+                "its samples cannot be kept apart in a packed row. Choose another decoder."
+            ) from error
         hf, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
