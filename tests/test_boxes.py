@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from vlit.data.boxes import FORMS, BoxForm, box_form, of_both_sides, of_longer_side
+from vlit.data.boxes import FORMS, BoxForm, box_form
 from vlit.data.record import Region
 from vlit.errors import DataError
+from vlit.registry import FORMATS
 
 ALL = list(FORMS.values())
+SQUARE = (640.0, 640.0)
 PUBLISHED = {
     "llava": "[0.12, 0.30, 0.50, 1.00]",
     "minigpt_v2": "{<12><30><50><100>}",
@@ -34,17 +37,17 @@ def test_there_are_six_published_forms() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_box_is_written_as_published(name: str) -> None:
-    assert box_form(name).encode([(0.12, 0.3, 0.5, 1.0)]) == PUBLISHED[name]
+    assert box_form(name).encode([(0.12, 0.3, 0.5, 1.0)], SQUARE) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("form", ALL, ids=lambda form: f"{form.name}-{form.divisor}")
 @given(data=st.data())
 def test_boxes_of_the_grid_come_back_exactly(form: BoxForm, data: st.DataObject) -> None:
     boxes = data.draw(st.lists(corners(form), min_size=1, max_size=4))
-    text = form.encode(boxes)
-    assert form.decode(text) == boxes
-    assert form.decode(f"a cat {text} and {text}.") == boxes * 2
-    assert form.encode(form.decode(text)) == text
+    text = form.encode(boxes, SQUARE)
+    assert form.decode(text, SQUARE) == boxes
+    assert form.decode(f"a cat {text} and {text}.", SQUARE) == boxes * 2
+    assert form.encode(form.decode(text, SQUARE), SQUARE) == text
 
 
 @pytest.mark.parametrize("form", ALL, ids=lambda form: f"{form.name}-{form.divisor}")
@@ -52,9 +55,9 @@ def test_boxes_of_the_grid_come_back_exactly(form: BoxForm, data: st.DataObject)
 def test_any_box_moves_by_at_most_half_a_step(form: BoxForm, data: st.DataObject) -> None:
     a, b, c, d = data.draw(st.tuples(*[st.floats(0, 1)] * 4))
     box = (min(a, c), min(b, d), max(a, c), max(b, d))
-    assert form.decode(form.encode([box])) == [form.snap(box)]
+    assert form.decode(form.encode([box], SQUARE), SQUARE) == [form.snap(box, SQUARE)]
     allowed = (1 if form.highest < form.divisor else 0.5) / form.divisor + 1e-12
-    assert all(abs(edge - near) <= allowed for edge, near in zip(box, form.snap(box), strict=True))
+    assert all(abs(edge - near) <= allowed for edge, near in zip(box, form.snap(box, SQUARE), strict=True))
 
 
 def test_ofa_counts_in_512ths_of_the_longer_side() -> None:
@@ -63,10 +66,28 @@ def test_ofa_counts_in_512ths_of_the_longer_side() -> None:
     box = (0.25, 0.5, 0.75, 1.0)
     pixels = [edge * size * 512 / 640 for edge, size in zip(box, (width, height, width, height), strict=True)]
     bins = [round(edge / 512 * 999) for edge in pixels]
-    assert box_form("ofa").encode([of_longer_side(box, width, height)]) == " ".join(f"<bin_{n}>" for n in bins)
-    back = of_both_sides(box_form("ofa").decode(" ".join(f"<bin_{n}>" for n in bins))[0], width, height)
+    text = " ".join(f"<bin_{n}>" for n in bins)
+    assert box_form("ofa").encode([box], (width, height)) == text
+    (back,) = box_form("ofa").decode(text, (width, height))
     assert back == pytest.approx(box, abs=0.5 / 999 * 640 / 480)
-    assert of_both_sides((0.0, 0.0, 1.0, 0.76), width, height) == (0.0, 0.0, 1.0, 1.0)
+    assert back == box_form("ofa").snap(box, (width, height))
+    over = "<bin_0> <bin_0> <bin_999> <bin_760>"
+    assert box_form("ofa").decode(over, (width, height)) == [(0.0, 0.0, 1.0, 1.0)]
+    assert box_form("ofa").rewrite(over, box_form("llava"), (width, height)) == "[0.00, 0.00, 1.00, 1.00]"
+
+
+def test_shares_of_the_longer_side_are_not_guessed_where_no_size_is_known() -> None:
+    ofa, qwen, text = box_form("ofa"), box_form("qwen_vl"), "<bin_0> <bin_0> <bin_999> <bin_749>"
+    for call in (
+        lambda: ofa.encode([(0, 0, 1, 1)]),
+        lambda: ofa.decode(text),
+        lambda: ofa.rewrite(text, qwen),
+        lambda: qwen.rewrite(PUBLISHED["qwen_vl"], ofa),
+    ):
+        with pytest.raises(DataError, match="of form ofa are shares of the picture's longer side"):
+            call()
+    with pytest.raises(ValidationError, match=r"do not say how large a picture is\. Choose one of: keep, llava,"):
+        FORMATS.get("qwen_vl")(type="qwen_vl", boxes="ofa")
 
 
 @pytest.mark.parametrize("name", ["minigpt_v2", "qwen_vl"])
@@ -80,8 +101,8 @@ def test_labels_are_read_where_the_form_has_them(name: str) -> None:
 def test_a_text_is_rewritten_from_any_form_into_any_other(data: st.DataObject) -> None:
     source, target = data.draw(st.sampled_from(ALL)), data.draw(st.sampled_from(ALL))
     boxes = data.draw(st.lists(corners(source), min_size=1, max_size=2))
-    text = source.rewrite(f"There {source.encode(boxes)}!", target)
-    assert text == f"There {target.encode(boxes)}!"
+    text = source.rewrite(f"There {source.encode(boxes, SQUARE)}!", target, SQUARE)
+    assert text == f"There {target.encode(boxes, SQUARE)}!"
 
 
 @pytest.mark.parametrize(

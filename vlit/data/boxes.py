@@ -11,7 +11,7 @@
 
 A box is (x0, y0, x1, y1) as shares of the picture's width and height. Qwen-VL's text says 0 to 999 and its evaluation divides
 by 999, so 1.0 is 999 here; CogVLM's divides by 1000, so its largest edge is 0.999. OFA's edges are shares of the *longer side*
-(it scales that to 512 pixels and divides both axes by 512): :func:`of_longer_side` and its inverse stand between.
+(it scales that to 512 pixels and divides both axes by 512), so its text can be written and read only with the picture's size.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from pydantic import AfterValidator
 
 from vlit.data.record import Box, Region
 from vlit.errors import DataError, did_you_mean
+
+Size = tuple[float, float]
+"""Width and height of a picture in pixels; only their ratio counts here."""
 
 
 class Mention(NamedTuple):
@@ -59,13 +62,15 @@ class BoxForm:
     digits: int = 1
     label: tuple[str, str] = ("", "")
     """Around the words that a box is of, in front of it."""
+    longer_side: bool = False
+    """Edges are shares of the picture's longer side. All methods then need its ``size``, and raise DataError without one."""
 
-    def snap(self, box: Box) -> Box:
+    def snap(self, box: Box, size: Size | None = None) -> Box:
         """The nearest box on the grid: what :meth:`decode` gives for :meth:`encode` of it."""
-        x0, y0, x1, y1 = (self._value(self._level(edge)) for edge in box)
-        return x0, y0, x1, y1
+        x0, y0, x1, y1 = (self._value(self._level(edge)) for edge in self._as_written(box, size))
+        return self._of_both_sides((x0, y0, x1, y1), size)
 
-    def encode(self, boxes: Sequence[Box]) -> str:
+    def encode(self, boxes: Sequence[Box], size: Size | None = None) -> str:
         """The text of some boxes."""
         if not boxes:
             raise DataError(f"boxes of form {self.name}: there is none to write. Give at least one box.")
@@ -73,17 +78,17 @@ class BoxForm:
         for box in boxes:
             if not all(0 <= edge <= 1 for edge in box) or box[0] > box[2] or box[1] > box[3]:
                 raise DataError(f"box {box}: expected x0 <= x1 and y0 <= y1, as shares of the picture from 0 to 1.")
-            first, *others = (self._text(self._level(edge)) for edge in box)
+            first, *others = (self._text(self._level(edge)) for edge in self._as_written(box, size))
             inner = first + "".join(mark + edge for mark, edge in zip(self.between, others, strict=True))
             written.append(self.opening + inner + self.closing)
         return self.outer[0] + self.joined.join(written) + self.outer[1]
 
-    def name_boxes(self, label: str, boxes: Sequence[Box]) -> str:
+    def name_boxes(self, label: str, boxes: Sequence[Box], size: Size | None = None) -> str:
         """Words and their boxes, in the form's own way: ``<ref>the cat</ref><box>…</box>``."""
         space = "" if self.name == "qwen_vl" else " "
-        return f"{self.label[0]}{label}{self.label[1]}{space}{self.encode(boxes)}"
+        return f"{self.label[0]}{label}{self.label[1]}{space}{self.encode(boxes, size)}"
 
-    def find(self, text: str) -> list[Mention]:
+    def find(self, text: str, size: Size | None = None) -> list[Mention]:
         """All boxes of a text, in order; boxes that are written together are one mention.
 
         Raises:
@@ -91,26 +96,47 @@ class BoxForm:
         """
         found = []
         for match in self._group.finditer(text):
-            boxes = tuple(self._box(one, text) for one in self._one.finditer(match["boxes"]))
+            boxes = tuple(self._of_both_sides(self._box(one), size) for one in self._one.finditer(match["boxes"]))
             found.append(Mention((match["label"] or "").strip(), boxes, match.start(), match.end()))
         return found
 
-    def decode(self, text: str) -> list[Box]:
+    def decode(self, text: str, size: Size | None = None) -> list[Box]:
         """All boxes of a text, in order."""
-        return [box for mention in self.find(text) for box in mention.boxes]
+        return [box for mention in self.find(text, size) for box in mention.boxes]
 
     def regions(self, text: str, *, image: int = 0) -> list[Region]:
         """All boxes of a text as regions of an image."""
         return [Region(mention.label, box, image) for mention in self.find(text) for box in mention.boxes]
 
-    def rewrite(self, text: str, other: BoxForm) -> str:
+    def rewrite(self, text: str, other: BoxForm, size: Size | None = None) -> str:
         """The text with every box written in another form; labels keep their words."""
         parts, at = [], 0
-        for mention in self.find(text):
-            written = other.name_boxes(mention.label, mention.boxes) if mention.label else other.encode(mention.boxes)
+        for mention in self.find(text, size):
+            label, boxes = mention.label, mention.boxes
+            written = other.name_boxes(label, boxes, size) if label else other.encode(boxes, size)
             parts += [text[at : mention.start], written]
             at = mention.end
         return "".join([*parts, text[at:]])
+
+    def _scale(self, size: Size | None) -> tuple[float, float]:
+        """What a share of width and one of height are of the side that edges are counted in."""
+        if not self.longer_side:
+            return 1.0, 1.0
+        if size is None:
+            raise DataError(
+                f"boxes of form {self.name} are shares of the picture's longer side, and its size is not known here. "
+                "Choose another form."
+            )
+        return size[0] / max(size), size[1] / max(size)
+
+    def _as_written(self, box: Box, size: Size | None) -> Box:
+        x, y = self._scale(size)
+        return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+    def _of_both_sides(self, box: Box, size: Size | None) -> Box:
+        """The inverse of :meth:`_as_written`; what lies outside of the picture by rounding is put on its edge."""
+        x, y = self._scale(size)
+        return min(1.0, box[0] / x), min(1.0, box[1] / y), min(1.0, box[2] / x), min(1.0, box[3] / y)
 
     def _level(self, edge: float) -> int:
         return min(self.highest, round(edge * self.divisor))
@@ -121,7 +147,7 @@ class BoxForm:
     def _text(self, level: int) -> str:
         return f"{level:0{self.digits}d}" if self.decimals is None else f"{level / self.divisor:.{self.decimals}f}"
 
-    def _box(self, match: re.Match[str], text: str) -> Box:
+    def _box(self, match: re.Match[str]) -> Box:
         if self.decimals is None:
             levels = [int(edge) for edge in match.groups()]
             x0, y0, x1, y1 = (self._value(level) for level in levels)
@@ -162,23 +188,11 @@ FORMS = {
         BoxForm("minigpt_v2", 100, 100, "{<", ("><", "><", "><"), ">}", "<delim>", label=("<p>", "</p>")),
         BoxForm("qwen_vl", 999, 999, "<box>(", (",", "),(", ","), ")</box>", "", label=("<ref>", "</ref>")),
         BoxForm("cogvlm", 1000, 999, "", _COMMAS, "", ";", ("[[", "]]"), digits=3),
-        BoxForm("ofa", 999, 999, "<bin_", ("> <bin_", "> <bin_", "> <bin_"), ">", " "),
+        BoxForm("ofa", 999, 999, "<bin_", ("> <bin_", "> <bin_", "> <bin_"), ">", " ", longer_side=True),
         BoxForm("shikra", 1000, 1000, "", _COMMAS, "", ";", ("[", "]"), decimals=3),
     )
 }
 """The published forms by name."""
-
-
-def of_longer_side(box: Box, width: int, height: int) -> Box:
-    """Shares of width and height -> shares of the longer side; sizes in pixels."""
-    x, y = width / max(width, height), height / max(width, height)
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
-
-
-def of_both_sides(box: Box, width: int, height: int) -> Box:
-    """The inverse of :func:`of_longer_side`; what lies outside of the picture by rounding is put on its edge."""
-    x, y = width / max(width, height), height / max(width, height)
-    return min(1.0, box[0] / x), min(1.0, box[1] / y), min(1.0, box[2] / x), min(1.0, box[3] / y)
 
 
 def _known(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 from pydantic import field_validator
@@ -75,14 +75,22 @@ class JsonRecords(RecordFormat):
 class WithBoxes(RecordFormat):
     """A format whose texts hold boxes."""
 
+    sizes_known: ClassVar[bool] = False
+    """Whether the reader learns the size of a picture, which some forms need."""
     boxes: str = "keep"
-    """How boxes are written: `keep` them as they are, or `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `ofa`, `shikra`."""
+    """How boxes are written: `keep` them as they are, or `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `shikra`; `ofa` where the
+    reader knows the size of a picture (`multiinstruct`)."""
 
     @field_validator("boxes")
     @classmethod
     def _known(cls, value: str) -> str:
         if value != "keep" and value not in FORMS:
             raise ValueError(f'unknown box form "{value}". Known: keep, {", ".join(FORMS)}')
+        if value != "keep" and FORMS[value].longer_side and not cls.sizes_known:
+            raise ValueError(
+                f'box form "{value}" counts in shares of the longer side, and these files do not say how large a picture '
+                f"is. Choose one of: keep, {', '.join(name for name, form in FORMS.items() if not form.longer_side)}"
+            )
         return value
 
     def with_boxes(self, texts: Sequence[str], form: str, *, num_images: int) -> tuple[list[str], tuple[Region, ...]]:

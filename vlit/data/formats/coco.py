@@ -101,7 +101,7 @@ class CocoFormat(RecordFormat):
         if not regions:
             raise BadRecord("annotations: the picture has crowds only, no single object", "fields")
         form = FORMS[self.boxes]
-        answer = "\n".join(form.name_boxes(region.label, [region.box]) for region in regions)
+        answer = "\n".join(form.name_boxes(region.label, [region.box], size) for region in regions)
         identity = str(entry["id"])
         return Record(
             identity, ask(pick(_DETECT, identity), answer), (image,), kind="detection", instruction_type="detection",

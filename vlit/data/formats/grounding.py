@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vlit.data.boxes import FORMS, KnownForm
+from vlit.data.boxes import FORMS, KnownForm, Size
 from vlit.data.formats._reader import (
     SHORT_ANSWER,
     RecordFormat,
@@ -50,11 +50,11 @@ class _Regions(RecordFormat):
     boxes: KnownForm = "llava"
     """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `ofa` or `shikra`."""
 
-    def about(self, identity: str, image: str, regions: list[Region]) -> Record:
-        """One exchange a region."""
+    def about(self, identity: str, image: str, regions: list[Region], size: Size) -> Record:
+        """One exchange a region of a picture of that size in pixels."""
         turns: list[Turn] = []
         for region in regions:
-            box = FORMS[self.boxes].encode([region.box])
+            box = FORMS[self.boxes].encode([region.box], size)
             question, answer = (
                 (_LOCATE.format(label=region.label), box)
                 if self.task == "locate"
@@ -108,11 +108,12 @@ class RefCocoFormat(_Regions):
             raise BadRecord(
                 f"ann_id is {shown(entry.get('ann_id'))}, which is no annotation of {self.instances}", "fields"
             )
-        where = box_of(box, "bbox", (number_of(picture, "width"), number_of(picture, "height")))
+        size = number_of(picture, "width"), number_of(picture, "height")
+        where = box_of(box, "bbox", size)
         sentences = [text_of(one, "sent") for one in list_of(entry, "sentences", dict)]
         if not sentences:
             raise BadRecord("sentences is empty, expected what people said", "fields")
-        return self.about(identity, text_of(picture, "file_name"), [Region(words, where) for words in sentences])
+        return self.about(identity, text_of(picture, "file_name"), [Region(words, where) for words in sentences], size)
 
 
 @FORMATS.register("visual_genome")
@@ -172,7 +173,7 @@ class VisualGenomeFormat(_Regions):
             )
         if not regions:
             raise BadRecord("regions is empty, expected descriptions", "fields")
-        return self.about(identity, image, regions)
+        return self.about(identity, image, regions, size)
 
     def _image(self, identity: str, picture: Any) -> str:
         url = picture.get("url") if isinstance(picture, dict) else None

@@ -4,7 +4,8 @@ in.
 Rows: ``unique_id, image_source, task_name, image_path, question | text, region, options, target_txt, prompt, target``.
 Trained are ``prompt`` and ``target``. Regions are pixels of the picture, ``"x0 y0 x1 y1"``, also inside of the texts.
 With ``image_folder`` the picture's size is read, regions are kept, and ``boxes`` may write them in a form that models
-know.
+know. It writes every box of prompt, target and options: ``region`` lists the right option of a selection task only, and
+one box in another form than the rest would give the answer away. Four numbers that are no box of the picture stay.
 """
 
 from __future__ import annotations
@@ -12,29 +13,38 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from PIL import Image
+from pydantic import model_validator
 
-from vlit.data.boxes import FORMS
+from vlit.data.boxes import FORMS, Size
 from vlit.data.formats._reader import JsonRecords, WithBoxes, an_object, ask, list_of, name_of, share_box, text_of
 from vlit.data.images import FORMATS as IMAGE_FORMATS
 from vlit.data.images import resolve_image
-from vlit.data.record import Record, Region
+from vlit.data.record import Box, Record, Region
 from vlit.data.record_checks import BadRecord, shown, text_field
 from vlit.registry import FORMATS
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 _REGION = re.compile(rf"{_NUMBER}(?: {_NUMBER}){{3}}")
+_IN_TEXT = re.compile(rf"(?<![\w.-])(?<!\d ){_REGION.pattern}(?!\w|\.\d| -?\d)")
 
 
 @FORMATS.register("multiinstruct")
 class MultiInstructFormat(JsonRecords, WithBoxes):
     """`train.jsonl` and `test.jsonl` of MultiInstruct."""
 
+    sizes_known: ClassVar[bool] = True
     type: str = "multiinstruct"
     image_folder: str = ""
     """Folder of `image_path`, for the pictures' sizes. Empty: regions stay pixels in the texts, and are not kept apart."""
+
+    @model_validator(mode="after")
+    def _pixels_need_sizes(self) -> Self:
+        if self.boxes != "keep" and not self.image_folder:
+            raise ValueError(f"boxes: {self.boxes} needs the sizes of the pictures. Set image_folder, or boxes: keep")
+        return self
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """Prompt and target; the options without the marks between them."""
@@ -45,7 +55,8 @@ class MultiInstructFormat(JsonRecords, WithBoxes):
         options = list_of(entry, "options", str) if entry.get("options") else []
         regions: tuple[Region, ...] = ()
         if entry.get("region"):
-            texts, regions = self._in_shares(entry, texts, image)
+            (prompt, target, *options), regions = self._in_shares(entry, [*texts, *options], image)
+            texts = [prompt, target]
         turns = ask(*texts, images=1 if image else 0)
         source = text_field(entry, "image_source")
         return Record(
@@ -54,20 +65,29 @@ class MultiInstructFormat(JsonRecords, WithBoxes):
         )  # fmt: skip
 
     def _in_shares(self, entry: dict[str, Any], texts: list[str], image: str) -> tuple[list[str], tuple[Region, ...]]:
-        boxes = {}
-        for region in list_of(entry, "region", str):
-            if not _REGION.fullmatch(region.strip()):
+        """The texts with their boxes in the wanted form, and the regions of the record."""
+        listed = [region.strip() for region in list_of(entry, "region", str)]
+        for region in listed:
+            if not _REGION.fullmatch(region):
                 raise BadRecord(f'region is {shown(region)}, expected "x0 y0 x1 y1" in pixels', "fields")
-            boxes[region.strip()] = [float(edge) for edge in region.split()]
         if not self.image_folder or not image:
             return texts, ()
         size = _size(image, self.image_folder)
-        shares = {text: share_box(box[0], box[1], box[2], box[3], size) for text, box in boxes.items()}
+        regions = tuple(Region("", _shares(region, size)) for region in dict.fromkeys(listed))
         if self.boxes != "keep":
-            form = FORMS[self.boxes]
-            for text, box in sorted(shares.items(), key=lambda item: -len(item[0])):
-                texts = [words.replace(text, form.encode([box])) for words in texts]
-        return texts, tuple(Region("", box) for box in shares.values())
+            texts = [_IN_TEXT.sub(lambda found: self._written(found[0], size), text) for text in texts]
+        return texts, regions
+
+    def _written(self, pixels: str, size: Size) -> str:
+        try:
+            return FORMS[self.boxes].encode([_shares(pixels, size)], size)
+        except BadRecord:  # no box of this picture
+            return pixels
+
+
+def _shares(pixels: str, size: Size) -> Box:
+    x0, y0, x1, y1 = (float(edge) for edge in pixels.split())
+    return share_box(x0, y0, x1, y1, size)
 
 
 @functools.lru_cache(maxsize=4096)
