@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlit.data.formats._hf_files import files_of
 from vlit.data.formats._hf_stream import save_picture, streamed_rows
-from vlit.data.formats._reader import load_json
 from vlit.data.formats._table import TableFormat, pictures_of
 from vlit.data.record_checks import BadRecord
 from vlit.durable import make_folder
@@ -26,12 +26,11 @@ class HfDatasetsFormat(TableFormat):
     type: str = "hf_datasets"
     split: str = "train"
     """Which part: a folder of that name, or files whose names begin with it. A folder of one part only is taken whole."""
-
+    config: str = ""
+    """Which configuration, of a dataset that has several: a folder of that name, or what the Hub calls so."""
     streaming: bool = False
     """Read the rows as they arrive, of a folder or of a dataset on the Hub: for `vlit convert`, which makes files of them that
     can be trained on."""
-    config: str = ""
-    """Configuration of a streamed dataset that has several."""
     save_images: str = ""
     """Folder that the pictures of a streamed dataset are written to."""
 
@@ -71,12 +70,4 @@ class HfDatasetsFormat(TableFormat):
             )
         if not path.is_dir():
             raise DataError(f"{path}: is no folder. Name the folder of the dataset, or use format: parquet.")
-        own = path / self.split if (path / self.split).is_dir() else path
-        state = own / "state.json"
-        if state.is_file():
-            listed = load_json(state).get("_data_files")
-            names = [one.get("filename") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-            return [own / Path(str(name)).name for name in names]
-        found = sorted([*own.rglob("*.parquet"), *own.rglob("*.arrow")])
-        named = [file for file in found if file.name.split(".")[0].split("-")[0] == self.split]
-        return named or found
+        return files_of(path, config=self.config, split=self.split)
