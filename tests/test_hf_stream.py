@@ -61,6 +61,33 @@ def test_a_streamed_dataset_is_converted_with_its_pictures_byte_for_byte(folder:
     ]
 
 
+def test_two_datasets_may_keep_their_pictures_in_one_folder(folder: Path, tmp_path: Path) -> None:
+    """Row 0 of both sets holds a picture; the second has its own, and one of the first's again."""
+    other, kept = tmp_path / "other", tmp_path / "pictures"
+    other.mkdir()
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
+    )
+    rows = [
+        {"question": "q", "answer": str(n), "image": {"bytes": content, "path": None}}
+        for n, content in enumerate([png(7), png(1), b"no picture"])
+    ]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(other / "train-00000-of-00001.parquet")
+    for name, out in ((folder, "a.jsonl"), (other, "b.jsonl")):
+        words = ["convert", str(name), str(tmp_path / out), "--from", "hf_datasets", "streaming=true"]
+        assert main([*words, f"save_images={kept}"]) == 0
+    first, second = (
+        [
+            [(kept / image).read_bytes() for image in sample.images]
+            for sample in LlavaFormat().iter_samples(tmp_path / out, "s")
+        ]
+        for out in ("a.jsonl", "b.jsonl")
+    )
+    assert first == [[png(1), png(2)], [png(3)], []]
+    assert second == [[png(7)], [png(1)], [b"no picture"]]
+    assert len(list(kept.iterdir())) == 5, "png(1) is stored once, nothing else is left behind"
+
+
 def test_what_cannot_be_streamed_and_what_cannot_be_trained_on_says_what_to_do(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"split validation cannot be streamed .* Check the name"):
         list(HfDatasetsFormat(streaming=True, split="validation").iter_rows(folder))

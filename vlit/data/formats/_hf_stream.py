@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlit.data.cache import write_atomically
 from vlit.errors import DataError
 
 
@@ -33,8 +35,10 @@ def streamed_rows(name: str, config: str, split: str) -> Iterator[dict[str, Any]
         ) from error
 
 
-def save_picture(content: bytes, folder: Path, stem: str) -> str:
-    """Write a picture below ``folder`` as it came; its name ends as its content says, as far as PIL knows it."""
+def save_picture(content: bytes, folder: Path) -> str:
+    """Write a picture below ``folder`` as it came, under a name that its content decides: a hash, and the ending that PIL
+    gives it. Datasets may share a folder, and a picture that comes again is stored once.
+    """
     from PIL import Image
 
     try:
@@ -42,5 +46,7 @@ def save_picture(content: bytes, folder: Path, stem: str) -> str:
             ending = f".{picture.format.lower()}" if picture.format else ""
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # training says what is wrong with it
         ending = ""
-    (folder / f"{stem}{ending}").write_bytes(content)
-    return f"{stem}{ending}"
+    target = folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}{ending}"
+    if not target.is_file() or target.stat().st_size != len(content):
+        write_atomically(target, content)
+    return target.name

@@ -32,30 +32,28 @@ class HfDatasetsFormat(TableFormat):
     """Read the rows as they arrive, of a folder or of a dataset on the Hub: for `vlit convert`, which makes files of them that
     can be trained on."""
     save_images: str = ""
-    """Folder that the pictures of a streamed dataset are written to."""
+    """Folder that the pictures of a streamed dataset are written to, under names that their content decides."""
 
     def entries(self, path: Path) -> Iterator[Any]:
         """The rows; of a streamed dataset the pictures are written down as they come."""
         if not self.streaming:
             yield from super().entries(path)
             return
-        for number, row in enumerate(streamed_rows(str(path), self.config, self.split)):
+        for row in streamed_rows(str(path), self.config, self.split):
             column = self.picture_column(row)
             if column is not None and not self.save_images:
                 raise DataError(f"{path}: column {column} holds pictures. Set save_images=FOLDER to keep them.")
             try:
-                found = [] if column is None else self._saved(row[column], column, number)
+                found = [] if column is None else self._saved(row[column], column)
             except BadRecord as bad:
                 yield bad
                 continue
             yield self.with_references(row, column, found)
 
-    def _saved(self, value: Any, column: str, row: int) -> list[str]:
-        folder, listed = Path(self.save_images), isinstance(value, list)
+    def _saved(self, value: Any, column: str) -> list[str]:
+        folder = Path(self.save_images)
         make_folder(folder)
-        return pictures_of(
-            value, column, lambda content, n: save_picture(content, folder, f"{row:08d}" + (f"_{n}" if listed else ""))
-        )
+        return pictures_of(value, column, lambda content, _: save_picture(content, folder))
 
     def image_root(self, path: Path) -> Path:
         """Where the pictures of a streamed dataset are written."""
