@@ -1,15 +1,17 @@
 """Images inside of containers: ``shard.tar#a/1.jpg``, ``part.parquet#image:17``, ``LA.json#LA_IMG_1``.
 
-A reference is the container's path, ``#``, and the member: a name in a tar, a key of a JSON object of base64 texts, or
-``column:row`` (``column:row:place`` in a column of lists) of a Parquet or Arrow file. The first use of a member copies it into
-the cache and everything behind (decoding, doctor, preview) sees an ordinary file. Copies are named by a hash, so no name in a
-container decides where anything is written.
+A reference is the container's path, ``#``, and the member: a name in a tar, a key of a JSON object of base64 texts,
+``column:row`` (``column:row:place`` in a column of lists) of a Parquet or Arrow file, or a key of a Parquet file of base64
+texts (column ``base64``; keys are the index that pandas wrote, or the column ``id`` or ``key``). The first use of a member
+copies it into the cache and everything behind (decoding, doctor, preview) sees an ordinary file. Copies are named by a hash,
+so no name in a container decides where anything is written.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,6 +31,10 @@ from vlit.errors import DataError
 
 _REFERENCE = re.compile(r"(.+?\.(?:tar|json|parquet|arrow))#(.+)", re.IGNORECASE | re.DOTALL)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+_CELL = re.compile(r"([^:]+):(\d{1,12})(?::(\d{1,6}))?")
+_KEYS = ("__index_level_0__", "id", "key")
+_BASE64 = "base64"
+_BATCH_ROWS = 64
 MAX_MEMBER_BYTES = 256 << 20
 
 
@@ -89,6 +95,9 @@ def _target(folder: Path, name: str) -> Path:
 
 def _copy(container: Path, name: str, folder: Path) -> None:
     kind = container.suffix.lower()
+    if kind == ".parquet" and not _CELL.fullmatch(name):
+        _copy_keyed(container, name, folder)
+        return
     if kind in (".parquet", ".arrow"):
         _copy_cells(container, name, folder)
         return
@@ -103,15 +112,18 @@ def _copy(container: Path, name: str, folder: Path) -> None:
         content = file.read(size)
     if len(content) != size:
         raise DataError(f"{container}: the file ends inside of {name!r}. Copy or download it again.")
-    _write(_target(folder, name), _decoded(content, container, name) if kind == ".json" else content)
+    if kind == ".json":
+        with contextlib.suppress(orjson.JSONDecodeError):  # bytes are no text, which is said there
+            content = orjson.loads(content)
+        content = _decoded(content, container, name)
+    _write(_target(folder, name), content)
 
 
-def _decoded(value: bytes, container: Path, name: str) -> bytes:
+def _decoded(text: Any, container: Path, name: str) -> bytes:
     try:
-        text = orjson.loads(value)
         text = text.split(",", 1)[1] if text.startswith("data:") else text
         return base64.b64decode("".join(text.split()), validate=True)
-    except (orjson.JSONDecodeError, binascii.Error, ValueError, AttributeError) as error:
+    except (binascii.Error, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{container}: {name!r} is not an image as base64 text ({error}). Replace the file.") from error
 
 
@@ -127,12 +139,15 @@ def _write(target: Path, content: bytes) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _places(container: Path, folder: Path) -> dict[str, list[int]]:
-    """Name -> [first byte, bytes] of every member. Found once by going through the container, then kept in the cache."""
+    """Name -> [first byte, bytes] of every member (of Parquet: [row group]). Found once by going through the container, then
+    kept in the cache.
+    """
     held = folder / "places.json"
     with lock(folder / "places.lock"):
         if held.is_file():
             return json.loads(held.read_bytes())
-        places = tar_places(container) if container.suffix.lower() == ".tar" else _json_places(container)
+        find = {".tar": tar_places, ".json": _json_places, ".parquet": _parquet_places}[container.suffix.lower()]
+        places = find(container)
         write_atomically(held, json.dumps(places).encode())
     return places
 
@@ -145,6 +160,58 @@ def tar_places(container: Path) -> dict[str, list[int]]:
 
 def _json_places(container: Path) -> dict[str, list[int]]:
     return {key: [begin, len(value)] for key, begin, value in iter_json_members(container)}
+
+
+def _parquet_places(container: Path) -> dict[str, list[int]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(container) as file:
+        column = _key_column(file, container)
+        places = {}
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(row_groups=[group], columns=[column]):
+                places.update({str(key): [group] for key in batch.column(0).to_pylist()})
+    return places
+
+
+def _key_column(file: Any, container: Path) -> str:
+    """The column of keys of a ``ParquetFile`` whose pictures are found by key."""
+    schema = file.schema_arrow
+    written = [one for one in (schema.pandas_metadata or {}).get("index_columns", []) if isinstance(one, str)]
+    column = next((name for name in (*written, *_KEYS) if name in schema.names), None)
+    if column is None or _BASE64 not in schema.names:
+        raise MissingMember(
+            f"{container}: has the columns {', '.join(schema.names)[:200]}; pictures that are named by keys stand in a column "
+            f"{_BASE64}, their keys in pandas' index or a column id or key. Others are written column:row."
+        )
+    return column
+
+
+def _copy_keyed(container: Path, name: str, folder: Path) -> None:
+    """The wanted picture and all of its row group, which is decoded as a whole anyway, a few rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        place = _places(container, folder).get(name)
+        if place is None:
+            raise MissingMember(f"{container}: holds no image {name!r}. Check the record, or replace the file.")
+        with lock(folder / f"group-{place[0]}.lock"), pq.ParquetFile(container) as file:
+            if _target(folder, name).is_file():  # another process copied the group meanwhile
+                return
+            columns = [_key_column(file, container), _BASE64]
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=place, columns=columns):
+                for row in batch.to_pylist():
+                    key = str(row[columns[0]])
+                    if key != name and _target(folder, key).is_file():
+                        continue
+                    try:
+                        _write(_target(folder, key), _decoded(row[_BASE64], container, key))
+                    except DataError:
+                        if key == name:
+                            raise
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+        raise DataError(f"{container}: cannot be read ({error}). Copy or download it again.") from error
 
 
 def _copy_cells(container: Path, name: str, folder: Path) -> None:
@@ -166,7 +233,7 @@ def _copy_cells(container: Path, name: str, folder: Path) -> None:
 
 
 def _cell(name: str, container: Path) -> tuple[str, int, int | None]:
-    match = re.fullmatch(r"([^:]+):(\d{1,12})(?::(\d{1,6}))?", name)
+    match = _CELL.fullmatch(name)
     if match is None:
         raise MissingMember(f"{container}: image {name!r} is not written as column:row.")
     return match[1], int(match[2]), None if match[3] is None else int(match[3])

@@ -2,8 +2,9 @@
 examples.
 
 ``LA_instructions.json`` is ``{"meta", "data": {ID: {"instruction", "answer", "image_ids", "rel_ins_ids"}}}``; ``LA.json``
-beside it is ``{image_id: base64}``; ``LA_train.json`` is ``{ID: [IDs of examples]}``. Images are read from ``LA.json``
-where they stand (reference ``LA.json#image_id``). With ``in_context`` the examples become earlier exchanges of the
+beside it is ``{image_id: base64}`` (or ``LA.parquet``: column ``base64``, indexed by image id); ``LA_train.json`` is ``{ID:
+[IDs of examples]}``. Images are read from ``LA.json`` where they stand (reference ``LA.json#image_id``). Records of text
+only have no ``image_ids``, or null. With ``in_context`` the examples become earlier exchanges of the
 conversation, pictures included.
 """
 
@@ -30,7 +31,7 @@ class MimicItFormat(RecordFormat):
 
     type: str = "mimicit"
     images_file: str = ""
-    """Name of the image file. Empty: `XX.json` for `XX_instructions.json`."""
+    """Name of the image file, `.json` or `.parquet`. Empty: `XX.json` for `XX_instructions.json`."""
     context_file: str = ""
     """Name of the file of in-context examples. Empty: `XX_train.json`, where it exists, else each record's `rel_ins_ids`."""
     in_context: Annotated[int, Field(ge=0)] = 0
@@ -83,7 +84,7 @@ class MimicItFormat(RecordFormat):
 
     def _add(self, entry: dict[str, Any], path: Path, turns: list[Turn], images: list[str]) -> None:
         entry = an_object(entry)
-        own = list_of(entry, "image_ids", str)
+        own = [] if entry.get("image_ids") is None else list_of(entry, "image_ids", str)
         turns += ask(text_of(entry, "instruction"), text_of(entry, "answer"), images=len(own))
         images += [f"{self.images_file or path.name.replace(_ENDING, '.json')}#{image}" for image in own]
 
