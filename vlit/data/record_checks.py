@@ -32,6 +32,12 @@ class BadRecord(Exception):
         self.check = check
 
 
+class Unusable(BadRecord):
+    """Why a part of a record cannot be used, though nothing is wrong with the file: an empty text, a box beside the picture. A
+    record of several parts does without it.
+    """
+
+
 def identity_of(record: dict[str, Any], number: int, key: str = "id") -> str:
     """The record's id as text; its number when it has none."""
     value = record.get(key)

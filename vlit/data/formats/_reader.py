@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import orjson
-from pydantic import field_validator
+from pydantic import PrivateAttr, field_validator
 
 from vlit.data.boxes import FORMS, box_form
 from vlit.data.formats._base import BadRow, FormatConfig, Row, row_of
 from vlit.data.json_stream import iter_json_records
 from vlit.data.record import Record, Region, meta_of
-from vlit.data.record_checks import BadRecord, check_conversation, kind_of, shown
+from vlit.data.record_checks import BadRecord, Unusable, check_conversation, kind_of, shown
 from vlit.errors import DataError
 from vlit.types import IMAGE_PLACEHOLDER, Role, Turn
 
+T = TypeVar("T")
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -34,6 +37,9 @@ _IDS = ("id", "unique_id", "question_id", "questionId", "image_id", "image", "im
 class RecordFormat(FormatConfig):
     """A format that turns each entry of its files into one canonical record or a reason why not."""
 
+    _left_out: Counter[str] = PrivateAttr(default_factory=Counter)
+    _left_out_of: Counter[str] = PrivateAttr(default_factory=Counter)
+
     def entries(self, path: Path) -> Iterator[Any]:
         """Everything a record could be made of, in file order; a :class:`BadRecord` where the file itself is damaged."""
         raise NotImplementedError(f"{type(self).__name__} must implement entries")
@@ -42,8 +48,42 @@ class RecordFormat(FormatConfig):
         """The record of an entry; BadRecord when there is none in it."""
         raise NotImplementedError(f"{type(self).__name__} must implement to_record")
 
+    def usable(
+        self, what: str, parts: Iterable[Any], read: Callable[[Any], T], *, at_most: int | None = None
+    ) -> list[T]:
+        """What ``read`` makes of the parts of a record, of the first ``at_most`` usable ones. Those in front of them that are
+        :class:`Unusable` are left out and counted.
+
+        Raises:
+            BadRecord: there are parts, and none is usable; or ``read`` raises it.
+        """
+        found: list[T] = []
+        refused: list[Unusable] = []
+        for part in parts:
+            if len(found) == at_most:
+                break
+            try:
+                found.append(read(part))
+            except Unusable as bad:
+                refused.append(bad)
+        if refused and not found:
+            raise refused[0]
+        if refused:
+            self._left_out[what] += len(refused)
+            self._left_out_of[what] += 1
+        return found
+
     def iter_rows(self, path: Path) -> Iterator[Row | BadRow]:
-        """A row or a bad row for every entry."""
+        """A row or a bad row for every entry; in the end a line about parts of records that were left out."""
+        self._left_out.clear()
+        self._left_out_of.clear()
+        yield from self._rows(path)
+        for what, count in sorted(self._left_out.items()):
+            of = self._left_out_of[what]
+            line = f"note: {path.name}: {what} left out (empty, or beside the picture): {count:,}, of {of:,} record(s)"
+            print(line, file=sys.stderr)
+
+    def _rows(self, path: Path) -> Iterator[Row | BadRow]:
         for number, entry in enumerate(self.entries(path)):
             try:
                 if isinstance(entry, BadRecord):
@@ -174,7 +214,7 @@ def text_of(entry: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise BadRecord(f"{key} is {kind_of(value)} {shown(value)}, expected a text", "fields")
     if not value.strip():
-        raise BadRecord(f"{key} is empty", "fields")
+        raise Unusable(f"{key} is empty", "fields")
     return value
 
 

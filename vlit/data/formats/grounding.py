@@ -33,7 +33,7 @@ from vlit.data.formats.coco import box_of
 from vlit.data.json_stream import iter_json_records
 from vlit.data.plain_pickle import load_plain
 from vlit.data.record import Record, Region
-from vlit.data.record_checks import BadRecord, shown
+from vlit.data.record_checks import BadRecord, Unusable, shown
 from vlit.errors import DataError
 from vlit.registry import FORMATS
 from vlit.types import Turn
@@ -110,7 +110,7 @@ class RefCocoFormat(_Regions):
             )
         size = number_of(picture, "width"), number_of(picture, "height")
         where = box_of(box, "bbox", size)
-        sentences = [text_of(one, "sent") for one in list_of(entry, "sentences", dict)]
+        sentences = self.usable("sentences", list_of(entry, "sentences", dict), lambda one: text_of(one, "sent"))
         if not sentences:
             raise BadRecord("sentences is empty, expected what people said", "fields")
         return self.about(identity, text_of(picture, "file_name"), [Region(words, where) for words in sentences], size)
@@ -155,22 +155,16 @@ class VisualGenomeFormat(_Regions):
         identity, picture = name_of(entry, "id"), entry["picture"]
         image = self._image(identity, picture)
         if "qas" in entry:
-            turns: list[Turn] = []
-            for one in list_of(entry, "qas", dict)[: self.max_per_image]:
-                question = f"{text_of(one, 'question')}\n{SHORT_ANSWER}"
-                turns += [Turn("user", question), Turn("assistant", text_of(one, "answer"))]
+            asked = self.usable("questions", list_of(entry, "qas", dict), _exchange, at_most=self.max_per_image)
+            turns = [turn for exchange in asked for turn in exchange]
             return Record(
                 identity, with_pictures(turns, 1), (image,), kind="short_answer", instruction_type="short_answer"
             )
         if not isinstance(picture, dict):
             raise BadRecord(f"id {identity} has no size: it is no picture of {self.image_data}", "fields")
         size = number_of(picture, "width"), number_of(picture, "height")
-        regions = []
-        for one in list_of(entry, "regions", dict)[: self.max_per_image]:
-            x, y, width, height = (number_of(one, key) for key in ("x", "y", "width", "height"))
-            regions.append(
-                Region(" ".join(text_of(one, "phrase").split()), share_box(x, y, x + width, y + height, size))
-            )
+        listed = list_of(entry, "regions", dict)
+        regions = self.usable("regions", listed, lambda one: _region(one, size), at_most=self.max_per_image)
         if not regions:
             raise BadRecord("regions is empty, expected descriptions", "fields")
         return self.about(identity, image, regions, size)
@@ -180,3 +174,18 @@ class VisualGenomeFormat(_Regions):
         if isinstance(url, str) and len(parts := url.split("/")) > 1 and parts[-2].startswith("VG_100K"):
             return "/".join(parts[-2:])
         return self.image_name.format(id=identity)
+
+
+def _exchange(one: dict[str, Any]) -> tuple[Turn, Turn]:
+    return Turn("user", f"{text_of(one, 'question')}\n{SHORT_ANSWER}"), Turn("assistant", text_of(one, "answer"))
+
+
+def _region(one: dict[str, Any], size: Size) -> Region:
+    """What Visual Genome says of a part of a picture. Thousands of its boxes reach over the edge; they are cut off there."""
+    x, y, width, height = (number_of(one, key) for key in ("x", "y", "width", "height"))
+    left, top, right, bottom = max(0, x), max(0, y), min(size[0], x + width), min(size[1], y + height)
+    if left > right or top > bottom or (left == right and width) or (top == bottom and height):
+        raise Unusable(
+            f"box ({x}, {y}, {x + width}, {y + height}) lies beside the picture of {size[0]} x {size[1]}", "fields"
+        )
+    return Region(" ".join(text_of(one, "phrase").split()), share_box(left, top, right, bottom, size))

@@ -85,7 +85,8 @@ class VqaV2Format(_Questions):
         if "multiple_choice_answer" in annotation:
             answer = text_of(annotation, "multiple_choice_answer")
         else:
-            answer = most_frequent([text_of(one, "answer") for one in list_of(annotation, "answers", dict)])
+            given = list_of(annotation, "answers", dict)
+            answer = most_frequent(self.usable("answers", given, lambda one: text_of(one, "answer")))
         domain = text_field(annotation, "question_type")
         return self.short(identity, name_of(entry, "image_id"), text_of(entry, "question"), answer, domain)
 
@@ -127,9 +128,8 @@ class TextVqaFormat(_Questions):
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """A question and its most frequent answer."""
         entry = an_object(entry)
-        answers = [answer for answer in list_of(entry, "answers", str) if answer.strip()]
-        if not answers:
-            raise BadRecord("answers is empty, expected a list of texts", "fields")
+        given = list_of(entry, "answers", str)
+        answers = self.usable("answers", given, lambda one: text_of({"answer": one}, "answer"))
         image, question = name_of(entry, "image_id"), text_of(entry, "question")
         return self.short(name_of(entry, "question_id"), image, question, most_frequent(answers))
 
