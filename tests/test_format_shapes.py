@@ -119,6 +119,24 @@ def test_a_single_file_of_mminstruct_and_a_whole_one_without_domain(tmp_path: Pa
         assert [(r.domain, r.kind) for r in read("mminstruct", path)] == [(domain, kind)], name
 
 
+def test_mminstruct_s_root_folder_is_not_read_twice_and_ids_are_unique(tmp_path: Path) -> None:
+    row = {"image": "a.jpg", "conversations": conversation("<image>\nq", "a")}
+    domains = tmp_path / "jsons_per_domain"
+    for name in ("qa_per_domain/artwork_en", "caption_per_domain/artwork_en", "qa_per_domain/map_en"):
+        (domains / name).parent.mkdir(parents=True, exist_ok=True)
+        (domains / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    expected = [
+        ("caption_per_domain/artwork_en/0", "artwork", "caption"), ("caption_per_domain/artwork_en/1", "artwork", "caption"),
+        ("qa_per_domain/artwork_en/0", "artwork", "qa"), ("qa_per_domain/artwork_en/1", "artwork", "qa"),
+        ("map_en/0", "map", "qa"), ("map_en/1", "map", "qa"),
+    ]  # fmt: skip
+    assert [(r.id, r.domain, r.kind) for r in read("mminstruct", domains)] == expected
+    (tmp_path / "jsons_all").mkdir()
+    (tmp_path / "jsons_all" / "qa_en.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"holds jsons_all and jsons_per_domain, which have the same rows\. Name one"):
+        read("mminstruct", tmp_path)
+
+
 def test_multiinstruct_without_sizes_keeps_pixels() -> None:
     record = read("multiinstruct", FOLDER / "multiinstruct" / "train.jsonl")[0]
     assert "Region 2 1.5 4 3" in exchange(record)[0]
