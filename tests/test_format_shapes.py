@@ -180,6 +180,35 @@ def test_tables_of_pairs_paths_and_plain_bytes(tmp_path: Path) -> None:
     assert (record.images, exchange(record)) == (("a/b.jpg",), ["<image>\nWhat?", "This."])
 
 
+def test_a_table_s_messages_may_be_lists_of_parts(tmp_path: Path) -> None:
+    """As LLaVA sets of the Hub have them: every part has every key, and pictures lie in a column of their own."""
+    image, none = picture_bytes(), {"index": None, "text": None, "image": None}
+    asked = [{**none, "text": "What is this?", "type": "text"}, {**none, "index": 0, "type": "image"}]
+    answered = [{**none, "text": "A tile.", "type": "text"}]
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    inline = [{"role": "user", "content": [{**asked[1], "image": "a/b.png"}, asked[0]]}, chat[1]]
+    rows = [{"messages": chat, "images": [{"bytes": image, "path": None}]}, {"messages": inline, "images": []}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    listed, named = read("parquet", tmp_path / "a.parquet")
+    assert exchange(listed) == ["What is this?\n<image>", "A tile."]
+    assert resolve_image(listed.images[0], tmp_path).read_bytes() == image
+    assert (exchange(named), named.images) == (["<image>\nWhat is this?", "A tile."], ("a/b.png",))
+
+
+def test_the_column_that_holds_the_picture_is_taken(tmp_path: Path) -> None:
+    image = picture_bytes()
+    rows = [
+        {"question": "q", "answer": "a", "images": images, "image": one}
+        for images, one in (([], image), (None, image), ([image], None), ([], None))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    records = read("parquet", tmp_path / "a.parquet")
+    assert [r.images for r in records] == [
+        ("a.parquet#image:0",), ("a.parquet#image:1",), ("a.parquet#images:2:0",), (),
+    ]  # fmt: skip
+    assert all(resolve_image(name, tmp_path).read_bytes() == image for r in records for name in r.images)
+
+
 def test_a_wrong_path_says_what_the_format_reads(tmp_path: Path) -> None:
     for name in sorted(CASES):
         with pytest.raises(DataError) as error:

@@ -12,11 +12,12 @@ from typing import Any
 
 import orjson
 
+from vlit.data.formats._chat import plain_turns
 from vlit.data.formats._reader import RecordFormat, text_of, turns_of, with_pictures
 from vlit.data.record import KEYS, META_KEYS, Record, meta_fields, meta_of
 from vlit.data.record_checks import BadRecord, identity_of, kind_of, read_turns, shown, text_field
 from vlit.errors import DataError
-from vlit.types import Turn
+from vlit.types import Role, Turn
 
 BATCH_ROWS = 64
 _PAIRS = ("user", "assistant")
@@ -32,7 +33,7 @@ class TableFormat(RecordFormat):
     answer: str = "answer"
     """Column of the answer, in tables without turns. Of a list, the first one."""
     image: str = ""
-    """Column of the picture or pictures. Empty: `images` or `image`, whichever is there."""
+    """Column of the picture or pictures. Empty: `images` or `image`, the first that holds any."""
 
     def entries(self, path: Path) -> Iterator[Any]:
         """The rows of all files; pictures are replaced by references."""
@@ -48,8 +49,9 @@ class TableFormat(RecordFormat):
                 yield self.with_references(row, column, found)
 
     def picture_column(self, row: dict[str, Any]) -> str | None:
-        """The column that holds a row's pictures."""
-        return next((name for name in (self.image, "images", "image") if name and name in row), None)
+        """The column that holds a row's pictures; where all are empty the first of them."""
+        there = [name for name in (self.image, "images", "image") if name and name in row]
+        return next((name for name in there if row[name] not in (None, [])), there[0] if there else None)
 
     @staticmethod
     def with_references(row: dict[str, Any], column: str | None, found: list[str]) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class TableFormat(RecordFormat):
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """Turns, or a question and an answer, with the pictures of the row."""
-        images = entry["pictures"]
+        images: list[str] = entry["pictures"]
         identity = identity_of(entry, number)
         names = (self.conversations,) if self.conversations else ("conversations", "messages", "texts")
         key = next((name for name in names if entry.get(name) is not None), None)
@@ -68,7 +70,8 @@ class TableFormat(RecordFormat):
                 Turn("assistant", self._cell(entry, self.answer)),
             )
         else:
-            turns = turns_of(*_turns(entry, key))
+            roles, texts, inline = _turns(entry, key)
+            turns, images = turns_of(roles, texts), images or inline
         optional = meta_fields(_meta(entry, len(images)))
         kind = text_field(entry, "kind")
         return Record(identity, with_pictures(turns, len(images)), tuple(images), kind=kind, **optional)
@@ -123,7 +126,8 @@ def pictures_of(value: Any, column: str, name_of_bytes: Callable[[bytes, int], s
     return found
 
 
-def _turns(entry: dict[str, Any], key: str) -> tuple[list[Any], list[str]]:
+def _turns(entry: dict[str, Any], key: str) -> tuple[list[Role], list[str], list[Any]]:
+    """Roles and texts of a row's turns, and references of pictures that stand in them."""
     turns = entry[key]
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     if all(name in first for name in _PAIRS):  # {"user", "assistant"} pairs, as The Cauldron has them
@@ -133,9 +137,10 @@ def _turns(entry: dict[str, Any], key: str) -> tuple[list[Any], list[str]]:
             for pair in turns
             for name, part in zip(names, _PAIRS, strict=True)
         ]
-        return read_turns({key: flat}, key=key)
+        return *read_turns({key: flat}, key=key), []
     speaker, text = ("role", "content") if "role" in first else ("from", "value")
-    return read_turns(entry, key=key, speaker=speaker, text=text)
+    turns, inline = plain_turns(turns, speaker=speaker, text=text)
+    return *read_turns({**entry, key: turns}, key=key, speaker=speaker, text=text), inline
 
 
 def _meta(entry: dict[str, Any], num_images: int) -> dict[str, Any] | None:
