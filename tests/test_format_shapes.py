@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,6 +180,32 @@ def test_tables_of_pairs_paths_and_plain_bytes(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"q": "What?", "a": "This.", "image": "a/b.jpg"}]), tmp_path / "c.parquet")
     (record,) = read("parquet", tmp_path / "c.parquet", question="q", answer="a")
     assert (record.images, exchange(record)) == (("a/b.jpg",), ["<image>\nWhat?", "This."])
+
+
+def test_shards_in_folders_are_read_and_compressed_ones_refused(tmp_path: Path) -> None:
+    def shard(name: str, mode: Literal["w", "w:gz"] = "w") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, mode) as tar:
+            for member, content in (("0.png", picture_bytes()), ("0.txt", name.encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    for name in ("1.tar", "a/1.tar", "a/0.tar"):
+        shard(name)
+    records = read("webdataset", tmp_path)
+    assert [(r.id, exchange(r)[1]) for r in records] == [
+        ("1.tar#0", "1.tar"), ("a/0.tar#0", "a/0.tar"), ("a/1.tar#0", "a/1.tar"),
+    ]  # fmt: skip
+    assert all(resolve_image(r.images[0], tmp_path).read_bytes() == picture_bytes() for r in records)
+    for name in ("2.tar.gz", "a/3.TGZ", "a/4.tgz"):
+        compressed = shard(name, "w:gz")
+        for path in (tmp_path, compressed) if name.islower() else (compressed,):
+            with pytest.raises(DataError, match=rf"{name}: tars must be uncompressed\. Run gunzip"):
+                read("webdataset", path)
+        compressed.unlink()
 
 
 def test_a_table_s_messages_may_be_lists_of_parts(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from vlit.registry import FORMATS
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 _DROPPED = re.compile(r"[.!\"()*#:;~]")
 _MAX_TEXT = 1 << 20
+_COMPRESSED = (".tar.gz", ".tgz")
 
 
 @FORMATS.register("webdataset")
@@ -39,15 +40,20 @@ class WebDatasetFormat(RecordFormat):
     """One of these stands in front of a caption; which one is decided by its id. The `plain` template drops it."""
 
     def files(self, path: Path) -> list[Path]:
-        """The shards in order of their names."""
-        return sorted(path.glob("*.tar")) if path.is_dir() else [path]
+        """The shards of a folder and of the folders in it, in order of their names."""
+        if not path.is_dir():
+            _refuse_compressed([path])
+            return [path]
+        _refuse_compressed(sorted(file for ending in _COMPRESSED for file in path.rglob(f"*{ending}")))
+        return sorted(path.rglob("*.tar"))
 
     def entries(self, path: Path) -> Iterator[Any]:
         """The samples of all shards: tar, key, and the members by extension."""
         for shard in self.files(path):
             try:
                 with tarfile.open(shard, "r:") as tar:
-                    yield from self._samples(tar, shard.name)
+                    name = shard.relative_to(path).as_posix() if path.is_dir() else shard.name
+                    yield from self._samples(tar, name)
             except (OSError, tarfile.TarError) as error:
                 raise DataError(f"{shard}: cannot be read as a tar ({error}). Copy or download it again.") from error
 
@@ -101,3 +107,12 @@ class WebDatasetFormat(RecordFormat):
         if not text.strip():
             raise BadRecord(f"{self.caption_key} of sample {entry['key']!r} is empty", "fields")
         return text
+
+
+def _refuse_compressed(files: list[Path]) -> None:
+    """DataError for a compressed tar: a picture in the middle of one cannot be read without all before it."""
+    for file in files:
+        if file.name.lower().endswith(_COMPRESSED):
+            raise DataError(
+                f"{file}: tars must be uncompressed. Run gunzip {file.name} in its folder, for all such files."
+            )
