@@ -21,6 +21,10 @@ ROLES: dict[str, Role] = {
 }
 SPEAKERS: dict[Role, str] = {"user": "human", "assistant": "gpt", "system": "system"}
 """How LLaVA's files name the roles."""
+_OTHER_MEDIA = {"video": "video", "videos": "video", "pcl": "point_cloud"}
+_NAMES = {"video": "video", "point_cloud": "point cloud"}
+_OTHER_KEYS = frozenset(_OTHER_MEDIA)
+_VIDEO = "<video>"
 _MAX_SHOWN = 80
 
 
@@ -102,8 +106,18 @@ def check_order(roles: Sequence[Role]) -> None:
         raise BadRecord(f"the last of {len(roles)} turns is not from gpt, so it has no answer to learn", "turns")
 
 
+def refuse_other_media(record: dict[str, Any]) -> None:
+    """BadRecord for a record about a video or a point cloud: without it, its text would be trained on nothing."""
+    if _OTHER_KEYS.isdisjoint(record):  # nearly all records of published files
+        return
+    for key, check in _OTHER_MEDIA.items():
+        if record.get(key) not in (None, "", []):
+            raise BadRecord(f"{key}: the record shows the {_NAMES[check]} {shown(record[key])}, no picture", check)
+
+
 def read_images(record: dict[str, Any]) -> list[str]:
-    """Image references under ``image`` or ``images``: one path or a list."""
+    """Image references under ``image`` or ``images``: one path or a list. A record about a video or a point cloud is bad."""
+    refuse_other_media(record)
     if record.get("image") is not None and record.get("images") is not None:
         raise BadRecord("the record has both image and images, expected one of them", "image_path")
     value = record.get("image")
@@ -137,12 +151,20 @@ def check_placeholders(roles: Sequence[Role], texts: Sequence[str], images: Sequ
                 f"turn {index} ({role}) holds {IMAGE_PLACEHOLDER}, which belongs into human turns only", "placeholders"
             )
         found += here
+        if not images and role == "user" and _VIDEO in text and _is_video_placeholder(text):
+            raise BadRecord(f"turn {index} ({role}) holds {_VIDEO}, and the record lists no image", "video")
     if found != len(images):
         raise BadRecord(
             f"the text has {found} {IMAGE_PLACEHOLDER} placeholder{'s' * (found != 1)}, "
             f"the record lists {len(images)} image{'s' * (len(images) != 1)}",
             "placeholders",
         )
+
+
+def _is_video_placeholder(text: str) -> bool:
+    """On a line of its own at the beginning or the end; anywhere else it may be talk about HTML."""
+    text = text.strip()
+    return text.startswith(f"{_VIDEO}\n") or text.endswith(f"\n{_VIDEO}") or text == _VIDEO
 
 
 def check_conversation(roles: Sequence[Role], texts: Sequence[str], images: Sequence[str]) -> None:

@@ -46,6 +46,7 @@ CHECKS: dict[str, Check] = {
     "point_cloud": Check(
         "error", "a point cloud instead of a picture", "Leave them out: no encoder here sees point clouds."
     ),
+    "video": Check("error", "a video instead of a picture", "Take frames out of it as pictures, or leave the record out."),
     "record": Check("error", "refused by the format", "Make the record what the format describes."),
     "image_missing": Check(
         "error", "image missing", "Download the image, correct its extension in the record, or correct images: of the source."

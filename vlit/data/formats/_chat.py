@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlit.data.record_checks import BadRecord, kind_of, shown
+from vlit.data.record_checks import BadRecord, kind_of, shown, text_field
 from vlit.types import IMAGE_PLACEHOLDER
 
 _SPEAKERS = {"chatgpt": "gpt", "bot": "gpt", "bard": "gpt", "bing": "gpt", "model": "gpt", "USER": "human"}
@@ -25,6 +25,20 @@ def plain_turns(turns: Any, *, speaker: str, text: str) -> tuple[Any, list[Any]]
     if not isinstance(turns, list):
         return turns, inline
     return [_turn(turn, speaker, text, inline) if isinstance(turn, dict) else turn for turn in turns], inline
+
+
+def with_system(entry: dict[str, Any], turns: Any, *, speaker: str, text: str) -> Any:
+    """The turns with the text that the record has under ``system``, beside them, in front.
+
+    Raises:
+        BadRecord: it is no text, or the first turn is the system's as well.
+    """
+    system = text_field(entry, "system")
+    if not system or system.isspace() or not isinstance(turns, list):
+        return turns
+    if turns and isinstance(turns[0], dict) and turns[0].get(speaker) == "system":
+        raise BadRecord("system is given twice, beside the turns and as the first of them", "turns")
+    return [{speaker: "system", text: system}, *turns]
 
 
 def _turn(turn: dict[str, Any], speaker: str, text: str, inline: list[Any]) -> dict[str, Any]:
@@ -49,4 +63,6 @@ def _part(part: Any, inline: list[Any]) -> str:
         if value is not None:
             inline.append(value)
         return IMAGE_PLACEHOLDER
+    if part.get("type") in ("video", "video_url"):
+        raise BadRecord(f"a part of a message is a video, no picture: {shown(part)}", "video")
     raise BadRecord(f"a part of a message has the type {shown(part.get('type'))}, expected text or image", "turns")

@@ -12,10 +12,10 @@ from typing import Any
 
 import orjson
 
-from vlit.data.formats._chat import plain_turns
+from vlit.data.formats._chat import plain_turns, with_system
 from vlit.data.formats._reader import RecordFormat, text_of, turns_of, with_pictures
 from vlit.data.record import KEYS, META_KEYS, Record, meta_fields, meta_of
-from vlit.data.record_checks import BadRecord, identity_of, kind_of, read_turns, shown, text_field
+from vlit.data.record_checks import BadRecord, identity_of, kind_of, read_turns, refuse_other_media, shown, text_field
 from vlit.errors import DataError
 from vlit.types import Role, Turn
 
@@ -60,6 +60,7 @@ class TableFormat(RecordFormat):
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:
         """Turns, or a question and an answer, with the pictures of the row."""
+        refuse_other_media(entry)
         images: list[str] = entry["pictures"]
         identity = identity_of(entry, number)
         names = (self.conversations,) if self.conversations else ("conversations", "messages", "texts")
@@ -140,6 +141,7 @@ def _turns(entry: dict[str, Any], key: str) -> tuple[list[Role], list[str], list
         return *read_turns({key: flat}, key=key), []
     speaker, text = ("role", "content") if "role" in first else ("from", "value")
     turns, inline = plain_turns(turns, speaker=speaker, text=text)
+    turns = with_system(entry, turns, speaker=speaker, text=text)
     return *read_turns({**entry, key: turns}, key=key, speaker=speaker, text=text), inline
 
 

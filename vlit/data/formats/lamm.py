@@ -12,7 +12,7 @@ from typing import Any
 
 from vlit.data.formats._reader import JsonRecords, an_object, turns_of, with_pictures
 from vlit.data.record import Record
-from vlit.data.record_checks import BadRecord, identity_of, read_images, read_turns, text_field
+from vlit.data.record_checks import identity_of, read_images, read_turns, text_field
 from vlit.registry import FORMATS
 
 
@@ -26,8 +26,6 @@ class LammFormat(JsonRecords):
         """A conversation with its picture in front; ``task_type`` becomes the kind."""
         entry = an_object(entry)
         identity = identity_of(entry, number)
-        if entry.get("pcl") is not None:
-            raise BadRecord(f"pcl: the record shows the point cloud {entry['pcl']!r:.80}, no picture", "point_cloud")
         images = read_images(entry)
         roles, texts = read_turns(entry)
         task, source = text_field(entry, "task_type"), text_field(entry, "src_dataset")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlit.data.formats._chat import plain_turns
+from vlit.data.formats._chat import plain_turns, with_system
 from vlit.data.formats._reader import JsonRecords, an_object, turns_of, with_pictures
 from vlit.data.record import Record
 from vlit.data.record_checks import identity_of, read_images, read_turns
@@ -28,6 +28,7 @@ class ShareGptFormat(JsonRecords):
         key = "messages" if "messages" in entry else "conversations"
         speaker, text = ("role", "content") if key == "messages" else ("from", "value")
         turns, inline = plain_turns(entry.get(key), speaker=speaker, text=text)
+        turns = with_system(entry, turns, speaker=speaker, text=text)
         roles, texts = read_turns({**entry, key: turns}, key=key, speaker=speaker, text=text)
         images = read_images(entry) or inline
         identity = identity_of(entry, number)
