@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from tests.data_fixtures import conversation
 from tests.test_formats import CASES, FOLDER, picture_bytes, records_of
@@ -43,6 +44,8 @@ def test_coco_captions_are_one_record_each() -> None:
     assert exchange(record)[1] == "A bowl of soup on a mat."
     with pytest.raises(DataError, match="holds captions, no instances"):
         read("coco", FOLDER / "coco" / "captions_train2017.json", task="detection")
+    (record,) = read("coco", FOLDER / "coco" / "captions_train2017.json", image_name="{id:012d}.jpg")
+    assert record.images == ("000000000009.jpg",)
 
 
 def test_objects_are_named_in_each_model_s_own_way() -> None:
@@ -102,6 +105,29 @@ def test_answers_come_in_the_form_that_is_asked_for() -> None:
     assert exchange(full[1]) == ["<image>\nWhat is on the wall?", "The pipe is on the wall."]
     covers = read("ocrvqa", FOLDER / "ocrvqa" / "dataset.json", split="test")
     assert [exchange(r)[1] for r in covers] == ["No"]
+
+
+def test_book_covers_end_as_their_addresses_do(tmp_path: Path) -> None:
+    """As OCR-VQA's loadDataset.py saves them: ``os.path.splitext(imageURL)[1]`` behind the id."""
+    one = {"questions": ["Who?"], "answers": ["A."], "split": 1}
+    addresses = {"7": "http://x.org/51.gif", "8": "http://x.org/a.b.jpg", "9": None}
+    (tmp_path / "dataset.json").write_text(json.dumps({n: {**one, "imageURL": url} for n, url in addresses.items()}))
+    assert [r.images for r in read("ocrvqa", tmp_path / "dataset.json")] == [("7.gif",), ("8.jpg",), ("9.jpg",)]
+    all_jpeg = read("ocrvqa", tmp_path / "dataset.json", image_name="ocr/{id}.jpg")
+    assert [r.images for r in all_jpeg] == [("ocr/7.jpg",), ("ocr/8.jpg",), ("ocr/9.jpg",)]
+
+
+def test_a_wrong_pattern_of_image_names_is_told_when_the_configuration_is_read() -> None:
+    patterned = [name for name in FORMATS.names() if "image_name" in FORMATS.get(name).model_fields]
+    assert len(patterned) >= 10
+    for name in patterned:
+        number = "{id:s}" if name == "coco" else "{id:d}"  # COCO's ids are numbers, others are texts
+        for pattern in ("{image_id}.jpg", "{}.jpg", "{id.real}", "{id[0]}", "{id", "{id!x}", number):
+            with pytest.raises(ValidationError, match=r'image_name\n .*pattern "\{.*": .*id'):
+                FORMATS.get(name)(type=name, image_name=pattern)
+        FORMATS.get(name)(type=name, image_name="a/{id:0>12}.jpg")
+    with pytest.raises(ValidationError, match=r"unknown field image_id\. Known: file_name, id\."):
+        FORMATS.get("coco")(type="coco", image_name="{image_id}")
 
 
 def test_mimic_it_without_examples_is_one_exchange_each() -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 
 from vlit.data.boxes import FORMS, KnownForm
+from vlit.data.formats._image_name import pattern_of
 from vlit.data.formats._reader import (
     DESCRIBE,
     RecordFormat,
@@ -56,7 +57,7 @@ class CocoFormat(RecordFormat):
     """What records ask for. `auto`: captions where the annotations have them, else boxes."""
     boxes: KnownForm = "llava"
     """How boxes are written: `llava`, `minigpt_v2`, `qwen_vl`, `cogvlm`, `ofa` or `shikra`."""
-    image_name: str = "{file_name}"
+    image_name: Annotated[str, pattern_of(file_name="1.jpg", id=1)] = "{file_name}"
     """Where a picture lies, for example `train2017/{file_name}`."""
 
     def entries(self, path: Path) -> Iterator[Any]:
@@ -87,7 +88,13 @@ class CocoFormat(RecordFormat):
         picture = entry.get("picture")
         if not isinstance(picture, dict):
             raise _unknown("image_id", entry.get("image_id", entry.get("id")), "picture")
-        image = self.image_name.format(file_name=text_of(picture, "file_name"), id=picture["id"])
+        file_name = text_of(picture, "file_name")
+        try:
+            image = self.image_name.format(file_name=file_name, id=picture["id"])
+        except ValueError as error:
+            raise BadRecord(
+                f"image_name {self.image_name} cannot hold id {shown(picture['id'])} ({error})", "fields"
+            ) from error
         if "objects" in entry:
             return self._detection(entry, picture, image)
         identity = name_of(entry, "id")

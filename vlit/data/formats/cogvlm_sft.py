@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from vlit.data.formats._image_name import pattern_of
 from vlit.data.formats._reader import (
     DESCRIBE,
     RecordFormat,
@@ -36,7 +37,7 @@ class CogVlmSftFormat(RecordFormat):
     type: str = "cogvlm_sft"
     labels: str = ""
     """Folder of the labels. Empty: `labels`, else `labels_en`."""
-    image_name: str = "images/{id}.jpg"
+    image_name: Annotated[str, pattern_of(id="1")] = "images/{id}.jpg"
     """Where the picture of a label lies."""
     instructions: tuple[str, ...] = DESCRIBE
     """One of these stands in front of a caption; which one is decided by its id."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from vlit.data.boxes import FORMS, KnownForm, Size
+from vlit.data.formats._image_name import pattern_of
 from vlit.data.formats._reader import (
     SHORT_ANSWER,
     RecordFormat,
@@ -123,7 +124,7 @@ class VisualGenomeFormat(_Regions):
     type: str = "visual_genome"
     max_per_image: Annotated[int, Field(ge=1)] = 10
     """Regions or questions of one picture, at most: the first ones. LLaVA-1.5 takes 10."""
-    image_name: str = "VG_100K/{id}.jpg"
+    image_name: Annotated[str, pattern_of(id="1")] = "VG_100K/{id}.jpg"
     """Where a picture lies that `image_data.json` does not place."""
     image_data: str = "image_data.json"
     """Name of the file of sizes."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from vlit.data.formats._image_name import pattern_of
 from vlit.data.formats._reader import (
     DESCRIBE,
     RecordFormat,
@@ -30,7 +31,7 @@ class MiniGpt4Format(RecordFormat):
     """`filter_cap.json` of MiniGPT-4; pictures lie in `image/` beside it."""
 
     type: str = "minigpt4"
-    image_name: str = "image/{id}.jpg"
+    image_name: Annotated[str, pattern_of(id="1")] = "image/{id}.jpg"
     """Where the picture of an id lies, below the image folder."""
     instructions: tuple[str, ...] = DESCRIBE
     """One of these stands in front of a description; which one is decided by its id."""

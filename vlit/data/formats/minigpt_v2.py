@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from vlit.data.formats._image_name import pattern_of
 from vlit.data.formats._reader import (
     JsonRecords,
     WithBoxes,
@@ -40,7 +41,7 @@ class MiniGptV2Format(JsonRecords, WithBoxes):
     """Grounded Flickr30k files and the mixed conversations of MiniGPT-v2."""
 
     type: str = "minigpt_v2"
-    image_name: str = ""
+    image_name: Annotated[str, pattern_of(id="1")] = ""
     """Where the picture of an id lies. Empty: `{id}.jpg`, for conversations `COCO_train2014_{id}.jpg`."""
 
     def to_record(self, entry: Any, number: int, path: Path) -> Record:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from vlit.data.formats._image_name import pattern_of
 from vlit.data.formats._reader import LETTERS, OPTION_LETTER, RecordFormat, ask, list_of, load_json, text_of
 from vlit.data.record import Record
 from vlit.data.record_checks import BadRecord, kind_of, shown, text_field
@@ -26,7 +27,7 @@ class ScienceQaFormat(RecordFormat):
     """Which problems are records; those of other splits are not counted."""
     answer: Literal["letter", "reason"] = "reason"
     """`letter`: the option's letter. `reason`: lecture and solution first, then the answer."""
-    image_name: str = "{split}/{id}/{image}"
+    image_name: Annotated[str, pattern_of(split="train", id="1", image="image.png")] = "{split}/{id}/{image}"
     """Where a problem's picture lies, below the image folder."""
 
     def entries(self, path: Path) -> Iterator[Any]:

@@ -7,11 +7,13 @@ whole: VQAv2's training set takes about 3 GB of memory while its index is built.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from vlit.data.formats._image_name import pattern_of
 from vlit.data.formats._reader import (
     SHORT_ANSWER,
     RecordFormat,
@@ -38,7 +40,7 @@ class _Questions(RecordFormat):
 
     suffix: str = SHORT_ANSWER
     """Line behind every question; empty: none."""
-    image_name: str = "{id}.jpg"
+    image_name: Annotated[str, pattern_of(id="1")] = "{id}.jpg"
     """Where the picture of an image id lies, below the image folder."""
 
     def asked(self, question: str, answer: str) -> tuple[Turn, ...]:
@@ -59,7 +61,7 @@ class VqaV2Format(_Questions):
     type: str = "vqav2"
     annotations: str = ""
     """Name of the annotations' file. Empty: the published name that belongs to the questions'."""
-    image_name: str = "COCO_train2014_{id:0>12}.jpg"
+    image_name: Annotated[str, pattern_of(id="1")] = "COCO_train2014_{id:0>12}.jpg"
     """Where the picture of an image id lies, below the image folder."""
 
     def files(self, path: Path) -> list[Path]:
@@ -136,11 +138,14 @@ class TextVqaFormat(_Questions):
 
 @FORMATS.register("ocrvqa")
 class OcrVqaFormat(_Questions):
-    """OCR-VQA's `dataset.json`: `{id: {questions, answers, title, genre, split}}`, one conversation a book cover."""
+    """OCR-VQA's `dataset.json`: `{id: {imageURL, questions, answers, title, genre, split}}`, one conversation a book cover."""
 
     type: str = "ocrvqa"
     split: Literal["train", "val", "test", "all"] = "train"
     """Which covers are records (1, 2 and 3 in the file); those of other splits are not counted."""
+    image_name: Annotated[str, pattern_of(id="1", ext=".jpg")] = "{id}{ext}"
+    """Where the picture of a cover lies. `{ext}` ends it as its `imageURL` does, as OCR-VQA's download script saves it (many
+    are `.gif`); without one it is `.jpg`. `{id}.jpg` for folders that hold every cover as JPEG, such as LLaVA-1.5's."""
 
     def entries(self, path: Path) -> Iterator[Any]:
         """The covers of the split."""
@@ -159,7 +164,8 @@ class OcrVqaFormat(_Questions):
         turns: list[Turn] = []
         for question, answer in zip(questions, answers, strict=True):
             turns += [Turn("user", f"{question}\n{self.suffix}".strip()), Turn("assistant", answer)]
-        image = self.image_name.format(id=entry["id"])
+        ending = os.path.splitext(text_field(entry, "imageURL") or "")[1] or ".jpg"
+        image = self.image_name.format(id=entry["id"], ext=ending)
         return Record(
             entry["id"], with_pictures(turns, 1), (image,), kind="short_answer", domain=text_field(entry, "genre"),
             instruction_type="short_answer",
