@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from tests.data_fixtures import conversation
 from tests.test_formats import CASES, FOLDER, picture_bytes, records_of
 from vlit.data.formats._base import Row, record_of
+from vlit.data.formats.coco import read_coco
 from vlit.data.images import resolve_image
 from vlit.data.record import Record, Region
 from vlit.errors import DataError
@@ -261,6 +263,30 @@ def test_the_column_that_holds_the_picture_is_taken(tmp_path: Path) -> None:
         ("a.parquet#image:0",), ("a.parquet#image:1",), ("a.parquet#images:2:0",), (),
     ]  # fmt: skip
     assert all(resolve_image(name, tmp_path).read_bytes() == image for r in records for name in r.images)
+
+
+def test_files_that_are_read_whole_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    looked_at = 0
+    for name in ("coco", "gqa", "minigpt4", "scienceqa", "cogvlm_sft", "mimicit", "visual_genome"):
+        folder = shutil.copytree(FOLDER / name, tmp_path / name)
+        for file in folder.rglob("*.json"):
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+            looked_at += 1
+        settings = {**CASES[name].get("format", {})}
+        assert read(name, folder / CASES[name]["path"], **settings) == records_of(name), name
+    assert read_coco(tmp_path / "coco" / "instances_train2017.json").annotations
+    assert looked_at > 10
+
+
+@pytest.mark.parametrize("name", ["llava", "sharegpt", "coco", "vqav2", "mimicit"])
+def test_a_compressed_file_is_one_error_that_says_how_to_uncompress_it(name: str, tmp_path: Path) -> None:
+    file = FOLDER / name / CASES[name]["path"]
+    packed = tmp_path / f"{file.name}.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    with pytest.raises(
+        DataError, match=rf"the file is compressed \(gzip\)\. Uncompress it \(gunzip -k {packed.name}\)"
+    ):
+        read(name, packed)
 
 
 def test_a_wrong_path_says_what_the_format_reads(tmp_path: Path) -> None:

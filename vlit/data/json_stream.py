@@ -21,6 +21,7 @@ MAX_RECORD_BYTES = 256 << 20
 _MAX_KEY_BYTES = 4096
 _WHITESPACE = b" \t\r\n"
 _MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+_GZIP = b"\x1f\x8b"
 _OTHER_ENCODINGS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")  # their byte order marks
 _QUOTE, _BACKSLASH, _COMMA = 34, 92, 44
 _STEP = np.zeros(256, np.int8)  # change of nesting depth
@@ -74,9 +75,29 @@ def iter_json_members(path: Path) -> Iterator[tuple[str, int, bytes]]:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
 
 
+def read_json_bytes(path: Path) -> bytes:
+    """A JSON file that is read whole, without its byte order mark.
+
+    Raises:
+        DataError: it is compressed.
+        OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    _refuse_compressed(content, path)
+    return content.removeprefix(_MARK)
+
+
+def _refuse_compressed(head: bytes, path: Path) -> None:
+    if head.startswith(_GZIP):
+        raise DataError(
+            f"{path}: the file is compressed (gzip). Uncompress it (gunzip -k {path.name}) and name the result."
+        )
+
+
 def _beginning(file: IO[bytes], path: Path) -> tuple[int, bytes]:
     """Where the text begins, past a byte order mark and white space, and its first character."""
     head = file.read(4096)
+    _refuse_compressed(head, path)
     if head.startswith(_OTHER_ENCODINGS) or b"\0" in head[:4]:
         raise DataError(f"{path}: the file is not UTF-8 text (it starts with {head[:8]!r}). Save it as UTF-8 JSON.")
     start = len(_MARK) if head.startswith(_MARK) else 0

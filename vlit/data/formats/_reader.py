@@ -14,7 +14,7 @@ from pydantic import PrivateAttr, field_validator
 
 from vlit.data.boxes import FORMS, box_form
 from vlit.data.formats._base import BadRow, FormatConfig, Row, row_of
-from vlit.data.json_stream import iter_json_records
+from vlit.data.json_stream import iter_json_records, read_json_bytes
 from vlit.data.record import Record, Region, meta_of
 from vlit.data.record_checks import BadRecord, Unusable, check_conversation, kind_of, shown
 from vlit.errors import DataError
@@ -158,7 +158,7 @@ def load_json(path: Path, *, expected: type = dict) -> Any:
         DataError: it cannot be read, or is not what is expected.
     """
     try:
-        value = orjson.loads(path.read_bytes())
+        value = orjson.loads(read_json_bytes(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the data path.") from error
     except orjson.JSONDecodeError as error:

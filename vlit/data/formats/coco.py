@@ -35,6 +35,7 @@ from vlit.data.formats._reader import (
     share_box,
     text_of,
 )
+from vlit.data.json_stream import read_json_bytes
 from vlit.data.record import Record, Region
 from vlit.data.record_checks import BadRecord, shown
 from vlit.errors import DataError
@@ -152,7 +153,7 @@ def read_coco(path: Path) -> CocoFile:
         DataError: it cannot be read, is not COCO's, or a picture or category lacks its id or name.
     """
     try:
-        data = orjson.loads(path.read_bytes())
+        data = orjson.loads(read_json_bytes(path))
         images, annotations = list(data["images"]), list(data["annotations"])
         categories, licences = list(data.get("categories") or ()), by_key(data.get("licenses") or (), "id")
     except OSError as error:

@@ -24,6 +24,7 @@ from vlit.data.formats._reader import (
     turns_of,
     with_pictures,
 )
+from vlit.data.json_stream import read_json_bytes
 from vlit.data.record import Record
 from vlit.data.record_checks import BadRecord, read_turns
 from vlit.errors import DataError
@@ -55,7 +56,7 @@ class CogVlmSftFormat(RecordFormat):
     def entries(self, path: Path) -> Iterator[Any]:
         """Every label with the stem of its file."""
         for file in self.files(path):
-            entry = parse(file.read_bytes())
+            entry = parse(read_json_bytes(file))
             if isinstance(entry, BadRecord):
                 entry = BadRecord(f"{file.name}: {entry}", entry.check)
             yield {**entry, "id": file.stem} if isinstance(entry, dict) else entry
