@@ -182,6 +182,17 @@ def test_point_clouds_are_counted_under_their_own_name(tmp_path: Path) -> None:
     ]
 
 
+def test_lamm_s_pictures_keep_the_dataset_that_they_are_from(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A chair."}]
+    sources: list[dict[str, str]] = [{"src_image": "coco2017"}, {"src_dataset": "locount", "src_image": "x"}, {}]
+    path = tmp_path / "2d.json"
+    path.write_text(json.dumps([{"image": "a.jpg", "conversations": turns, **source} for source in sources]))
+    rows = list(FORMATS.get("lamm")(type="lamm").iter_rows(path))
+    assert [record_of(row).provenance for row in rows if isinstance(row, Row)] == [
+        {"dataset": "coco2017"}, {"dataset": "locount"}, {},
+    ]  # fmt: skip
+
+
 def test_a_canonical_file_is_written_once_for_all(tmp_path: Path) -> None:
     records = [record for name in sorted(CASES) for record in records_of(name)]
     assert write_records(tmp_path / "all.jsonl", records) == len(records) > 45

@@ -1,8 +1,8 @@
 """LAMM's instruction data (arXiv:2306.06687; github.com/OpenGVLab/LAMM): dialogues about pictures, and about point clouds.
 
-JSON lists of ``{"id", "image" | "pcl", "conversations", "task_type", "src_dataset"}`` (``LAMM_instruct_186k.json`` and
-its parts, ``LAMM_3dinstruct_10k.json``). Texts hold no placeholder; the picture goes in front. Records about point clouds
-are read, counted and refused: no encoder of this project sees them.
+JSON lists of ``{"id", "image" | "pcl", "conversations", "task_type", "src_dataset"}`` (``LAMM_instruct_186k.json`` and its
+parts, where the last key is often ``src_image``; ``LAMM_3dinstruct_10k.json``). Texts hold no placeholder; the picture goes
+in front. Records about point clouds are read, counted and refused: no encoder of this project sees them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class LammFormat(JsonRecords):
         identity = identity_of(entry, number)
         images = read_images(entry)
         roles, texts = read_turns(entry)
-        task, source = text_field(entry, "task_type"), text_field(entry, "src_dataset")
+        task = text_field(entry, "task_type")
+        source = text_field(entry, "src_dataset") or text_field(entry, "src_image")
         provenance = {"dataset": source} if source else {}
         turns = with_pictures(turns_of(roles, texts), len(images))
         return Record(identity, turns, tuple(images), kind=task, instruction_type=task, provenance=provenance)
