@@ -92,6 +92,13 @@ class TokenizerTemplate(TemplateConfig):
             self.write_end(writer)
         return writer.pieces
 
+    def opening(self, tokenizer: Any) -> tuple[str | None, bool]:
+        """The system turn given to records that have none (None: no turn), and whether system texts are put in front of
+        the first question because the template refuses system turns.
+        """
+        folded = _layout_of(tokenizer, ("system", "user", "assistant")).folded
+        return self.system or None, folded
+
     def write_end(self, writer: PieceWriter) -> None:
         end = _end_of(writer.tokenizer)
         if _has_special(writer, end):

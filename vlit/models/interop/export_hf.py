@@ -42,7 +42,7 @@ def export_hf(model: VisionLanguageModel, out: Path, *, template: Any = None, im
 
     Args:
         model: without adapters (merge them first).
-        template: chat template configuration of the run; written as Jinja when it is one of ours.
+        template: chat template of the run; written as Jinja when it is one of ours or the tokenizer's own.
         image_policy: ``pad``, ``crop`` or ``squash``; decides the image processor.
 
     Raises:
@@ -55,12 +55,11 @@ def export_hf(model: VisionLanguageModel, out: Path, *, template: Any = None, im
         raise ExportError(f"{out}: not empty. Give a new folder.")
     tokenizer = _tokenizer(model)
     rows = add_tokens(tokenizer, held=model.llm.head.weight.shape[0])
-    own = getattr(tokenizer, "chat_template", None) if getattr(template, "type", "tokenizer") == "tokenizer" else None
-    chat = jinja_template(template, tokenizer) if template is not None else None
+    chat = tokenizer.chat_template if template is None else jinja_template(template, tokenizer)
     tower = _whole_tower(model)
     config = _config(model, tower, tokenizer, rows)
     tensors = _tensors(model, tower, config)
-    processor = _processor(model, config, tokenizer, chat or own, image_policy)
+    processor = _processor(model, config, tokenizer, chat, image_policy)
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -254,10 +253,9 @@ def _generation(tokenizer: Any, template: Any) -> Any:
     """Greedy decoding that ends where the template ends an answer."""
     from transformers import GenerationConfig
 
-    ends = [tokenizer.eos_token_id]
-    for token in getattr(template, "specials", ()):
-        if token in ("<|im_end|>", "<|eot_id|>") and token in tokenizer.get_added_vocab():
-            ends.insert(0, tokenizer.convert_tokens_to_ids(token))
+    pieces = [] if template is None else template.end(tokenizer)
+    names = [piece.text for piece in pieces if piece.kind == "special"][:1]
+    ends = [*(tokenizer.convert_tokens_to_ids(name) for name in names), tokenizer.eos_token_id]
     ends = list(dict.fromkeys(i for i in ends if i is not None))
     return GenerationConfig(
         eos_token_id=ends or None, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
