@@ -54,9 +54,18 @@ QWEN3_CHAT = r"""{%- if messages[0].role == 'system' %}
 {%- endif %}"""
 
 
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen's tokenizers cut a text; line breaks stay together, whatever follows them."""
+
+
 def build_qwen3(folder: Path, chat: str = QWEN3_CHAT) -> None:
-    """The ``chatml`` tokenizer of the data fixtures with Qwen3's think tokens (not flagged as special) and ``chat``."""
-    from tokenizers import AddedToken
+    """The ``chatml`` tokenizer of the data fixtures with Qwen's cuts, Qwen3's think tokens (not flagged as special) and
+    ``chat``.
+    """
+    from tokenizers import AddedToken, Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
     from transformers import AutoTokenizer
 
     from tests.data_fixtures import build_chatml
@@ -64,5 +73,9 @@ def build_qwen3(folder: Path, chat: str = QWEN3_CHAT) -> None:
     build_chatml(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>")])
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([
+        Split(Regex(QWEN_PATTERN), behavior="isolated"),
+        ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
     tokenizer.chat_template = chat
     tokenizer.save_pretrained(folder)

@@ -2,7 +2,8 @@
 
 The Jinja program is run once for each sequence of roles, with markers in place of the texts; where the markers come out
 is where the texts go. So spans are known without searching for anybody's text, special tokens in user text cannot be
-mistaken for the template's own, and rendering a sample costs no Jinja at all.
+mistaken for the template's own, and rendering a sample costs no Jinja at all. An answer that holds reasoning
+(``</think>``) is shown to the program with its think tags and the white space beside them, because programs look for them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlit.data.templates._base import PieceWriter, TemplateConfig, split_turns
+from vlit.data.templates._reasoning import Frame, has_reasoning, split_reasoning, write_reasoning
 from vlit.data.text import traits_of
-from vlit.errors import ConfigError
+from vlit.errors import ConfigError, DataError
 from vlit.registry import TEMPLATES
 from vlit.types import Piece, Role, Turn
 
@@ -23,13 +25,24 @@ _MARK = "vlitmark{}x"
 _EDGE = "\u2003"  # a space no template writes itself: where it is gone, the template strips texts
 
 
+_Shape = tuple[Role, Frame | None]
+"""What the layout of a turn depends on: its role, and its frame if it is an answer with reasoning."""
+
+
 @dataclass(frozen=True)
 class _Slot:
-    """The place of one turn's text, and what the template writes before it."""
+    """The place of one turn's text, and what the template writes before it.
+
+    Attributes:
+        words: what is written there: stretches of the turn's words by number, and the template's text between them.
+        drops: the template leaves words before ``</think>`` out.
+    """
 
     before: str
     strip_left: bool
     strip_right: bool
+    words: tuple[int | str, ...] = (0,)
+    drops: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,10 @@ class TokenizerTemplate(TemplateConfig):
     than white space), and the last answer gets the tokenizer's end token.
 
     Texts are stripped where the template strips them. A system text is put in front of the first question when the
-    template refuses system turns. ``<think>`` blocks that a template puts before the last answer are not supervised.
+    template refuses system turns. Empty ``<think>`` blocks that a template puts before the last answer are not supervised.
+    An answer's own reasoning (up to ``</think>``) is supervised where the template shows it; Qwen3's shows that of the last
+    answer. An answer to be generated follows what the template puts before one without reasoning. A record whose last
+    answer loses its reasoning is a bad record.
     """
 
     type: str = "tokenizer"
@@ -62,8 +78,8 @@ class TokenizerTemplate(TemplateConfig):
         system = self.system if own is None else own
         if own is None and system:
             turns.insert(0, Turn("system", system))
-        roles = [turn.role for turn in turns]
-        layout = _layout_of(tokenizer, (*roles, "assistant") if generation_prompt else tuple(roles))
+        shapes = [_shape_of(turn) for turn in turns] + [("assistant", None)] * generation_prompt
+        layout = _layout_of(tokenizer, tuple(shapes))
         if layout.folded:
             system_turn, question, *rest = turns
             turns = [Turn("user", f"{system_turn.text}\n\n{question.text}"), *rest]
@@ -84,7 +100,17 @@ class TokenizerTemplate(TemplateConfig):
                 continue
             lead = " " if before.endswith(" ") else ""
             _write_literal(writer, before.removesuffix(" "))
-            writer.text(f"{lead}{text}", supervised=True)
+            if not has_reasoning(turns[number]):
+                writer.text(f"{lead}{text}", supervised=True)
+                continue
+            if slot.drops and number == len(turns) - 1:
+                raise DataError(
+                    f"the chat template of {tokenizer.name_or_path} leaves out what the last answer says before "
+                    "</think>, so it would not be learnt. Take it out of the record, or choose another data.template."
+                )
+            stretches = split_reasoning(text)[1]
+            words = (stretches[part] if isinstance(part, int) else part for part in slot.words)
+            write_reasoning(writer, lead + "".join(words))
         trailing = _write_end(writer, layout.after, end)
         if _has_special(writer, end):
             _write_literal(writer, trailing)
@@ -96,7 +122,7 @@ class TokenizerTemplate(TemplateConfig):
         """The system turn given to records that have none (None: no turn), and whether system texts are put in front of
         the first question because the template refuses system turns.
         """
-        folded = _layout_of(tokenizer, ("system", "user", "assistant")).folded
+        folded = _layout_of(tokenizer, (("system", None), ("user", None), ("assistant", None))).folded
         return self.system or None, folded
 
     def write_end(self, writer: PieceWriter) -> None:
@@ -112,26 +138,35 @@ class TokenizerTemplate(TemplateConfig):
             )
 
 
+def _shape_of(turn: Turn) -> _Shape:
+    return turn.role, split_reasoning(turn.text)[0] if has_reasoning(turn) else None
+
+
 @functools.lru_cache(maxsize=1024)
-def _layout_of(tokenizer: Any, roles: tuple[Role, ...]) -> _Layout:
+def _layout_of(tokenizer: Any, shapes: tuple[_Shape, ...]) -> _Layout:
     from jinja2 import TemplateError
 
     try:
-        return _render_marked(tokenizer, roles, folded=False)
+        return _render_marked(tokenizer, shapes, folded=False)
     except ConfigError as error:
-        if roles[0] != "system" or not isinstance(error.__cause__, TemplateError):
+        if shapes[0][0] != "system" or not isinstance(error.__cause__, TemplateError):
             raise
-        return _render_marked(tokenizer, roles[1:], folded=True)
+        return _render_marked(tokenizer, shapes[1:], folded=True)
 
 
-def _render_marked(tokenizer: Any, roles: tuple[Role, ...], *, folded: bool) -> _Layout:
+def _render_marked(tokenizer: Any, shapes: tuple[_Shape, ...], *, folded: bool) -> _Layout:
     if not tokenizer.chat_template:
         raise ConfigError(
             f"data.template: tokenizer {tokenizer.name_or_path} brings no chat template. Choose one of the others, "
             "for example chatml or v1."
         )
-    marks = [_MARK.format(number) for number in range(len(roles))]
-    messages = [{"role": role, "content": f"{_EDGE}{mark}{_EDGE}"} for role, mark in zip(roles, marks, strict=True)]
+    roles = [role for role, _ in shapes]
+    marks = [[_MARK.format(f"{n}n{i}") for i in range(len(frame or "1"))] for n, (_, frame) in enumerate(shapes)]
+    texts = [
+        "".join(literal + mark for literal, mark in zip(frame or (_EDGE,), marked, strict=True)) + _EDGE
+        for (_, frame), marked in zip(shapes, marks, strict=True)
+    ]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     try:
         rest = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # the template is a program; transformers runs it in a sandbox
@@ -141,24 +176,50 @@ def _render_marked(tokenizer: Any, roles: tuple[Role, ...], *, folded: bool) -> 
             "another template."
         ) from error
     slots = []
-    for number, mark in enumerate(marks):
-        if rest.count(mark) != 1:
+    for number, (_, frame) in enumerate(shapes):
+        *reasoning, last = marks[number]
+        if wrong := [count for mark in reasoning if (count := rest.count(mark)) > 1] or [
+            count for count in [rest.count(last)] if count != 1
+        ]:
             raise ConfigError(
                 f"data.template: the chat template of {tokenizer.name_or_path} shows turn {number} of "
-                f"{'/'.join(roles)} {rest.count(mark)} times instead of once, so no exact mask exists. Choose another "
+                f"{'/'.join(roles)} {wrong[0]} times instead of once, so no exact mask exists. Choose another "
                 "template."
             )
-        before, rest = rest.split(mark)
+        before, rest = rest.split(last)
         kept_left, kept_right = before.endswith(_EDGE), rest.startswith(_EDGE)
-        slots.append(_Slot(before.removesuffix(_EDGE), not kept_left, not kept_right))
+        slot = _Slot(before.removesuffix(_EDGE), not kept_left, not kept_right)
+        if frame is not None:
+            plain = _layout_of(tokenizer, tuple((role, None) for role in roles))
+            slot = _reasoning_slot(slot, reasoning, plain.slots[number].before)
+        slots.append(slot)
         rest = rest.removeprefix(_EDGE)
     return _Layout(tuple(slots), rest, folded)
+
+
+def _reasoning_slot(slot: _Slot, reasoning: list[str], plain: str) -> _Slot:
+    """The slot of an answer with reasoning, out of its last stretch's.
+
+    Args:
+        slot: with everything up to the last stretch in ``before``.
+        reasoning: the marks of the other stretches.
+        plain: what the template writes before an answer without reasoning.
+    """
+    shown = [number for number, mark in enumerate(reasoning) if mark in slot.before]
+    before, *between = re.split("|".join(reasoning[number] for number in shown) or r"(?!)", slot.before)
+    opening = before.rfind("<think>") if before != plain else -1
+    begin = opening if opening >= 0 else len(before)
+    words: list[int | str] = [before[begin:]]
+    for number, text in zip(shown, between, strict=True):
+        words += [number, text]
+    words.append(len(reasoning))
+    return replace(slot, before=before[:begin], words=tuple(words), drops=len(shown) < len(reasoning))
 
 
 @functools.lru_cache(maxsize=16)
 def _end_of(tokenizer: Any) -> str:
     """What the template writes after a last answer, up to and including the first special token."""
-    after = _layout_of(tokenizer, ("user", "assistant")).after
+    after = _layout_of(tokenizer, (("user", None), ("assistant", None))).after
     found = _special_pattern(tokenizer).search(after)
     return after[: found.end()] if found else after
 
