@@ -156,8 +156,15 @@ class VisionLanguageModel(nn.Module):
         return 0.0 * self.encode_images(blank).tokens.sum()
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """Frozen parts stay in eval mode: a frozen encoder must not drop out or drop paths."""
+        """Frozen parts stay in eval mode: a frozen encoder must not drop out or drop paths.
+
+        So does every batch normalisation, as in detectors: its statistics are those of pretraining. Statistics of the batch
+        would make a picture's features depend on what shares its row or rank, and no checkpoint holds running ones.
+        """
         super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for part in (self.encoder, self.connector, self.llm):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
