@@ -233,6 +233,23 @@ def test_a_checkpoint_of_other_parts_is_refused_by_name(hf_llava: Path, tiny_dir
     assert "without encoder.layers.1.mlp.fc1.weight" in attempt(lose="vision_tower.encoder.layers.1.mlp.fc1.weight")
     assert "trained with activation silu" in attempt({"projector_hidden_act": "silu"})
     assert "image_size" in attempt(model=assemble(tiny_dir, image_size=48))
+    assert "cls: keep, which drops 0" in attempt(model=assemble(tiny_dir, cls="keep"))
+    assert "cls: drop, which drops 1" in attempt({"vision_feature_select_strategy": "full"})
+
+
+def test_a_connector_that_saw_cls_fits_only_an_encoder_that_keeps_it(
+    hf_llava: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(hf_llava, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["vision_feature_select_strategy"]
+    for feature, fits, other in (("patch", "drop", "keep"), ("cls_patch", "keep", "drop")):
+        own = config | {"mm_vision_select_feature": feature}  # the key of LLaVA's own code
+        (folder / "config.json").write_text(json.dumps(own), encoding="utf-8")
+        with pytest.raises(ModelError, match=f"trained with {feature}, which drops .* Set cls to {fits}"):
+            initialise(assemble(tiny_dir, cls=other), str(folder))
+        assert "connector" in initialise(assemble(tiny_dir, cls=fits), str(folder))
 
 
 def test_rows_of_added_tokens_are_not_cut(hf_llava: Path, tiny_dir: Path, tmp_path: Path) -> None:

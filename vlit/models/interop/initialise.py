@@ -170,7 +170,9 @@ def _added_tokens(folder: Path) -> dict[int, str]:
 
 
 def _check_features(model: VisionLanguageModel, config: dict[str, Any], source: str) -> None:
-    """The connector was trained on one layer's features and with one activation; others would be noise to it."""
+    """The connector was trained on one layer's features, with or without CLS, and with one activation; others would be noise
+    to it.
+    """
     activations = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
     held = config.get("projector_hidden_act", "gelu")
     own = getattr(model.config.connector, "activation", None)
@@ -192,6 +194,27 @@ def _check_features(model: VisionLanguageModel, config: dict[str, Any], source: 
         raise ModelError(
             f'model.encoder.feature_layer: {asked}, but the connector of "{source}" was trained on layer {layer}. '
             f"Set it to {layer}."
+        )
+    _check_prefix(model, config, source)
+
+
+def _check_prefix(model: VisionLanguageModel, config: dict[str, Any], source: str) -> None:
+    """ModelError when the connector saw CLS and would not, or the other way round. LLaVA's own code drops nothing from a
+    tower without CLS, transformers drops its first patch.
+    """
+    encoder: Any = model.encoder
+    asked = model.config.encoder.cls
+    if (held := config.get("vision_feature_select_strategy")) is not None:
+        dropped = int(held == "default")
+    elif (held := config.get("mm_vision_select_feature")) is not None:
+        dropped = 0 if held == "cls_patch" or (asked == "drop" and encoder.num_prefix == 0) else 1
+    else:
+        return
+    if dropped != encoder.num_prefix:
+        raise ModelError(
+            f"model.encoder.cls: {asked}, which drops {encoder.num_prefix} tokens of a picture, but the connector of "
+            f'"{source}" was trained with {held}, which drops {dropped}. Set cls to {"drop" if dropped else "keep"}, or take '
+            "the encoder it was trained with."
         )
 
 
