@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,11 +39,8 @@ class Validator:
     ) -> None:
         self.config, self.data, self.ranks = config, data, ranks
         sources = mixture.sources
-        picked: list[tuple[Sample, RecordSource]] = []
-        for k in range(min(config.max_records, sum(len(s) for s in sources))):
-            source = sources[k % len(sources)]
-            if k // len(sources) < len(source):
-                picked.append((source.sample(k // len(sources)), source))
+        in_turn = ((n, source) for n in range(max(len(s) for s in sources)) for source in sources if n < len(source))
+        picked = [(source.sample(n), source) for n, source in islice(in_turn, config.max_records)]
         tokenised = []
         for sample, source in picked:
             try:
