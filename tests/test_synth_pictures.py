@@ -228,6 +228,28 @@ def test_a_mended_picture_is_asked_about_by_the_next_run_and_the_rest_is_not_ask
     assert left_out(tmp_path) == {}
 
 
+@pytest.mark.parametrize("recipe", ["minigpt4", "mminstruct", "judge"])
+def test_another_picture_under_the_same_name_is_asked_about_and_the_others_are_not(tmp_path: Path, recipe: str) -> None:
+    names = {"a.png": GREEN, "b.png": (0, 0, 200)}
+    for name, colour in names.items():
+        png(tmp_path / "mypics" / name, colour)
+    more: dict[str, Any] = {}
+    if recipe == "judge":
+        write_records(tmp_path / "data.jsonl", [about(name, name[0]) for name in names])
+        more["records"] = [str(tmp_path / "data.jsonl")]
+    with running(keep=True) as server:
+        raw = settings(server, tmp_path, recipe, **more)
+        run(read_settings(None, raw), show=False)
+        first = len(pictures_sent(server))
+        png(tmp_path / "mypics" / "a.png", (200, 0, 0))
+        report = run(read_settings(None, raw), show=False)
+        sent = pictures_sent(server)[first:]
+    assert first >= 2
+    assert len(sent) == first // 2
+    assert all(shows(picture, (200, 0, 0)) for picture in sent)
+    assert report.stages[0].reused == 1
+
+
 @pytest.mark.parametrize("recipe", ["minigpt4", "mminstruct"])
 def test_a_damaged_picture_takes_nothing_of_a_budget_that_fits_one_request(tmp_path: Path, recipe: str) -> None:
     png(tmp_path / "mypics" / "z.png")

@@ -42,6 +42,23 @@ def test_sets_by_picture_leave_out_what_cannot_be_decoded_or_leads_out(tmp_path:
     assert "outside the image folder" in reasons["r5"]
 
 
+def test_sets_by_picture_follow_a_picture_that_was_replaced(tmp_path: Path) -> None:
+    for number, place in enumerate((0, 1, 0, 1)):
+        dots(tmp_path / "mypics" / f"{number}.png", place)
+    write_records(tmp_path / "data.jsonl", [about(f"{n}.png", f"r{n}") for n in range(4)])
+    raw = {"recipe": {"type": "otter", "by": "image_hash", "examples": 1}, "records": [str(tmp_path / "data.jsonl")],
+           "images": str(tmp_path / "mypics"), "out": str(tmp_path / "out")}  # fmt: skip
+
+    def examples() -> list[str]:
+        run(read_settings(None, raw), show=False)
+        return [record.images[0] for record in read_records(tmp_path / "out" / "dataset.jsonl")]
+
+    assert examples() == ["2.png", "3.png", "0.png", "1.png"]
+    for number, place in enumerate((0, 0, 1, 1)):
+        dots(tmp_path / "mypics" / f"{number}.png", place)
+    assert examples() == ["1.png", "0.png", "3.png", "2.png"]
+
+
 def test_sets_of_nothing_but_damaged_pictures_are_empty_with_reasons(tmp_path: Path) -> None:
     (tmp_path / "mypics").mkdir()
     empty(tmp_path / "mypics" / "a.png")

@@ -1,14 +1,15 @@
 """A recipe is a list of small stages over JSON items; each finished item is one line of the stage's journal.
 
-An item's key is the hash of stage, prompt and settings version, teacher and the item itself. So a stage that is run again does
-only what is new: after a kill, with more pictures, or after a change of one prompt.
+An item's key is the hash of stage, prompt and settings version, teacher, the item itself and the pictures looked at. So a stage
+that is run again does only what is new: after a kill, with more or other pictures, or after a change of one prompt.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +19,7 @@ import orjson
 from vlit.synth.engine.client import Client
 from vlit.synth.engine.journal import Journal
 from vlit.synth.engine.parse import Rejected
-from vlit.synth.engine.teacher import Ask, Declined, Reply, content_hash
+from vlit.synth.engine.teacher import Ask, Declined, Reply, content_hash, picture_hash
 
 Item = dict[str, Any]
 """One line of work; ``id`` is unique within a stage."""
@@ -26,11 +27,12 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class Each:
-    """Turns one item into any number of items, without a teacher."""
+    """Turns one item into any number of items, without a teacher. ``pictures`` gives the files that it looks at."""
 
     name: str
     version: str
     work: Callable[[Item], list[Item]]
+    pictures: Callable[[Item], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ class AskEach:
 
 @dataclass(frozen=True)
 class Whole:
-    """Turns all items into others at once: selection, balancing, retrieval. Pure and seeded."""
+    """Turns all items into others at once: selection, balancing, retrieval. Pure and seeded.
+
+    ``pictures`` gives the files of one item that it looks at.
+    """
 
     name: str
     version: str
     work: Callable[[list[Item]], list[Item]]
+    pictures: Callable[[Item], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,10 +184,29 @@ def stage_file(folder: Path, number: int, name: str) -> Path:
 
 
 def item_key(stage: WorkStage, item: Any, clients: dict[str, Client]) -> str:
-    """Cache key of one item in one stage."""
+    """Cache key of one item in one stage (of all items in a Whole). Pictures count by content: a file may be replaced."""
     teacher = clients[stage.role].teacher.identity() if isinstance(stage, AskEach) else None
     draws = stage.draws if isinstance(stage, AskEach) else None
-    return content_hash([stage.name, stage.version, teacher, draws, item])
+    seen = [_content(path) for path in _pictures(stage, item)]
+    return content_hash([stage.name, stage.version, teacher, draws, item, *([seen] if seen else [])])
+
+
+def _pictures(stage: WorkStage, item: Any) -> list[str]:
+    """Files that a stage looks at for an item."""
+    if isinstance(stage, AskEach):
+        ask = stage.prepare(item) if stage.role == "vision" else None
+        return [] if ask is None else [path for message in ask.messages for path in message.images]
+    if stage.pictures is None:
+        return []
+    return [path for one in (item if isinstance(stage, Whole) else [item]) for path in stage.pictures(one)]
+
+
+def _content(path: str) -> str | None:
+    """Hash of a picture; None where there is no readable file, which is told when it is looked at."""
+    try:
+        return picture_hash(path) if os.path.isfile(path) else None
+    except OSError:
+        return None
 
 
 def work_on(stage: Each | AskEach, item: Item, clients: dict[str, Client]) -> Outcome:

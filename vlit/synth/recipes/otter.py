@@ -58,6 +58,9 @@ class OtterRecipe(RecipeConfig):
         if self.by == "clip" and not self.clip:
             raise ConfigError("recipe.clip: by is clip, but no CLIP folder is given.")
 
+        def pictures(item: Item) -> list[str]:
+            return picture_files([item["image"]], inputs.images)[0]
+
         def look(item: Item) -> list[Item]:
             files, refused = picture_files([item["image"]], inputs.images)
             if refused:
@@ -79,8 +82,9 @@ class OtterRecipe(RecipeConfig):
                 if numbers
             ]
 
-        sets = Whole("sets", self.version(), build)
-        return [sets] if self.by == "text" else [Each("pictures", self.version(), look), sets]
+        if self.by == "text":
+            return [Whole("sets", self.version(), build)]
+        return [Each("pictures", self.version(), look, pictures), Whole("sets", self.version(), build, pictures)]
 
     def _features(self, records: list[Record], inputs: Inputs) -> tuple[list[Record], Any]:
         """Records and a row for each of them; those whose picture is damaged since it was looked at are left out."""
