@@ -56,6 +56,39 @@ def test_undo_goes_back_to_the_decision_before(tmp_path: Path) -> None:
     assert again.reviewers() == ["b"]
 
 
+def test_who_accepts_a_record_they_edited_keeps_the_edit_unless_it_is_undone(dataset: Path, tmp_path: Path) -> None:
+    def exported(row: int) -> list[str]:
+        export_reviews(dataset, out=tmp_path / "out.jsonl")
+        records = {record.id: record for record in read_records(tmp_path / "out.jsonl")}
+        return [turn.text for turn in records[f"r{row}"].turns] if f"r{row}" in records else []
+
+    original = [[turn.text for turn in record.turns] for record in read_records(dataset)]
+    with serving(dataset) as server:
+
+        def decide(reviewer: str, row: int, action: str, *turns: str) -> list[str]:
+            body = {"reviewer": reviewer, "row": row, "action": action, "turns": list(turns)}
+            assert call(server, "/api/decide", body)[0] == 200
+            return [turn["text"] for turn in call(server, f"/api/record?row={row}&reviewer={reviewer}")[1]["turns"]]
+
+        question, other = original[0][0], original[1][0]
+        assert decide("a", 0, "edit", question, "Mended.") == [question, "Mended."]
+        assert decide("a", 0, "reject") == decide("a", 0, "accept") == [question, "Mended."]
+        decide("a", 1, "edit", other, "By a.")
+        decide("b", 1, "edit", other, "By b.")
+        decide("a", 1, "accept")
+        decide("c", 2, "accept")
+        assert exported(0) == [question, "Mended."]
+        assert exported(1) == [other, "By b."]  # the last edit
+        assert exported(2) == original[2]
+        for _ in range(2):
+            call(server, "/api/undo", {"reviewer": "a"})
+        call(server, "/api/undo", {"reviewer": "b"})
+        assert exported(1) == []
+        for _ in range(3):
+            call(server, "/api/undo", {"reviewer": "a"})
+        assert decide("a", 0, "accept") == exported(0) == original[0]
+
+
 def test_export_leaves_out_what_one_rejects_and_refuses_a_changed_file(dataset: Path, tmp_path: Path) -> None:
     with serving(dataset) as server:
         for said in ("a 0 accept", "b 0 reject", "a 1 accept", "b 1 accept", "b 2 reject"):

@@ -148,7 +148,7 @@ class Reviewed:
                 f"{self.path}: record {number} is not what was decided on; the file was changed since. Review a copy that "
                 "does not change, or start with another --log."
             )
-        edits = [decision for decision in decisions if decision.action == "edit"]
+        edits = sorted((decision for decision in decisions if decision.turns), key=lambda decision: decision.edit)
         record = self.edited(number, list(edits[-1].turns)) if edits else self.record(number)
         note: dict[str, Any] = {"reviewers": [decision.reviewer for decision in decisions], "edited": bool(edits)}
         return replace(record, provenance={**record.provenance, "review": note})

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,11 @@ ACTIONS = ("accept", "edit", "reject")
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One line of the log. ``record`` is the row, ``digest`` the hash of its line when it was decided on."""
+    """One line of the log. ``record`` is the row, ``digest`` the hash of its line when it was decided on.
+
+    ``turns`` are the reviewer's words: those of an edit, or of the reviewer's edit ``edit`` that stands before another decision
+    about the same text. They are empty where nothing was edited.
+    """
 
     number: int
     reviewer: str
@@ -35,6 +39,7 @@ class Decision:
     action: str  # accept, edit, reject, undo
     turns: tuple[str, ...] = ()
     undoes: int = -1
+    edit: int = -1
 
 
 class DecisionLog:
@@ -87,8 +92,13 @@ class DecisionLog:
                 if not self.standing[key]:
                     del self.standing[key]
             return
+        held = self.standing.setdefault(key, [])
+        if decision.turns:
+            decision = replace(decision, edit=decision.number)
+        elif held and held[-1].digest == decision.digest:
+            decision = replace(decision, turns=held[-1].turns, edit=held[-1].edit)
         mine.append(decision)
-        self.standing.setdefault(key, []).append(decision)
+        held.append(decision)
 
     def decide(self, reviewer: str, record: int, digest: str, action: str, turns: Iterable[str] = ()) -> Decision:
         """Append a decision; returns when the disk holds it."""

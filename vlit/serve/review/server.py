@@ -252,9 +252,9 @@ class Handler(BaseHTTPRequestHandler):
     def _record(self, row: int, reviewer: str) -> dict[str, Any]:
         data = self.server.data
         record, decision = data.record(row), self.server.log.last(reviewer, row)
-        texts = (
-            list(decision.turns) if decision is not None and decision.turns else [turn.text for turn in record.turns]
-        )
+        changed = decision is not None and decision.digest != data.digest(row)
+        edited = () if decision is None or changed else decision.turns
+        texts = edited or [turn.text for turn in record.turns]
         return {
             "row": row, "id": record.id, "domain": record.domain, "type": record.instruction_type or record.kind,
             "turns": [
@@ -264,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
             "pictures": len(record.images), "options": record.options, "placeholder": IMAGE_PLACEHOLDER,
             "regions": [{"label": r.label, "box": r.box, "image": r.image} for r in record.regions],
             "decision": None if decision is None else decision.action,
-            "changed": decision is not None and decision.digest != data.digest(row),
+            "changed": changed,
             "scores": {name: values[row] for name, values in data.scores.items()},
         }  # fmt: skip
 
