@@ -106,6 +106,33 @@ def test_export_leaves_out_what_one_rejects_and_refuses_a_changed_file(dataset: 
     assert not (tmp_path / "again.jsonl").exists()
 
 
+@pytest.mark.parametrize("command", [
+    "review {data} --export {data}", "review {data} --export {folder}/x/../data.jsonl", "review {data} --export {link}",
+    "review {data} --export {hard}", "review {data} --export {log}", "review {data} --export {folder}",
+    "review {data} --log {folder}", "review {data} --log {link}", "review {data} --log {folder}/data.accepted.jsonl",
+    "quality {data} --keep clean --write {data}", "quality {data} --write {link}", "quality {hard} --write {data}",
+    "quality {folder}/kept.jsonl --keep answer_words>=1 --out {folder}", "quality {data} --write {folder}",
+])  # fmt: skip
+def test_no_file_that_is_read_is_written_over(
+    command: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "data.reviews.jsonl").write_bytes(b"")
+    (tmp_path / "link.jsonl").symlink_to(dataset)
+    (tmp_path / "hard.jsonl").hardlink_to(dataset)
+    (tmp_path / "kept.jsonl").write_bytes(dataset.read_bytes())
+    held = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    names = {"data": dataset, "folder": tmp_path, "link": tmp_path / "link.jsonl", "hard": tmp_path / "hard.jsonl",
+             "log": tmp_path / "data.reviews.jsonl"}  # fmt: skip
+    words = [word.format(**names) for word in command.split()]
+    assert main(["synth", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --")
+    assert said.count("\n") == 1
+    assert "must not be overwritten" in said or "a folder. Give a file." in said
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == held
+
+
 def test_scores_of_the_quality_card_are_found_beside_the_dataset(dataset: Path) -> None:
     from vlit.serve.quality import measure_quality
 

@@ -67,8 +67,10 @@ def measure_quality(
     make_writable(out, "--out")
     if write is not None:
         make_writable(write.parent, f"--write {write}")
-        if write.is_dir():
-            raise DataError(f"--write {write}: a folder. Give a file for the records that are kept.")
+    is_filtered = bool(rules) or select is not None or write is not None
+    if is_filtered:
+        for path, option in ((write or out / "kept.jsonl", "--write"), (out / "removed.jsonl", "--out")):
+            refuse_to_replace(path, option, dataset, *(eval_texts or []))
     found = measure(
         dataset, images=root, annotations=known, eval_texts=eval_texts, eval_images=eval_images,
         workers=workers or cores(),
@@ -80,7 +82,7 @@ def measure_quality(
     if cost_usd is not None:
         card["cost_usd"] = cost_usd
     card["not_checked"] = not_checked(keep or [], missing=missing)
-    if rules or select is not None or write is not None:
+    if is_filtered:
         card["kept"] = keep_records(found, out, rules=rules, count=select, write=write or out / "kept.jsonl")
     write_columns(out / "metrics.parquet", found)
     write_card(out / "card.json", card)
@@ -154,6 +156,15 @@ def image_folder(dataset: Path, images: Path | None) -> Path | None:
         return images
     beside = dataset.parent / "images"
     return beside if beside.is_dir() else None
+
+
+def refuse_to_replace(out: Path, option: str, *others: Path) -> None:
+    """DataError when a file to write is a folder, or is one of other files under another spelling, name or link."""
+    if out.is_dir():
+        raise DataError(f"{option} {out}: a folder. Give a file.")
+    for path in others:
+        if out.resolve() == path.resolve() or (out.exists() and path.exists() and out.samefile(path)):
+            raise DataError(f"{option} {out}: this is {path}, which must not be overwritten. Give another file.")
 
 
 def make_writable(folder: Path, option: str) -> None:

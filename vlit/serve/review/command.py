@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vlit.errors import ConfigError, DataError
-from vlit.serve.quality import image_folder, metrics_of
+from vlit.serve.quality import image_folder, make_writable, metrics_of, refuse_to_replace
 from vlit.serve.review.dataset import Reviewed, export
 from vlit.serve.review.log import DecisionLog
 from vlit.serve.review.server import ReviewServer, is_loopback
@@ -50,8 +50,11 @@ def open_server(
     places = (metrics_of(dataset), card / "metrics.parquet")
     found = scores or next((path for path in places if path.is_file()), None)
     data = Reviewed(dataset, images=root, scores=found)
-    decisions = DecisionLog(log_of(dataset, log))
     out = dataset.with_name(dataset.name.removesuffix(".jsonl") + ".accepted.jsonl")
+    path = log_of(dataset, log)
+    refuse_to_replace(path, "--log", dataset, out)
+    make_writable(path.parent, f"--log {path}")
+    decisions = DecisionLog(path)
     try:
         return ReviewServer((host, port), data=data, log=decisions, token=token or secrets.token_urlsafe(24), out=out)
     except (OSError, OverflowError) as error:
@@ -86,6 +89,8 @@ def export_reviews(dataset: Path, *, out: Path, log: Path | None = None) -> int:
     path = log_of(dataset, log)
     if not path.is_file():
         raise DataError(f"{path}: no decisions yet. Run vlit synth review {dataset} first.")
+    refuse_to_replace(out, "--export", dataset, path)
+    make_writable(out.parent, f"--export {out}")
     data = Reviewed(dataset, images=dataset.parent)
     count = export(data, DecisionLog(path, write=False), out)
     print(f"{count:,} accepted records  {out}", file=sys.stderr)
