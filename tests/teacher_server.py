@@ -87,6 +87,8 @@ class Server(ThreadingHTTPServer):
         self.answered: dict[str, tuple[bytes, bytes]] = {}
         """(request, answer) by Idempotency-Key; a repeated request gets the same answer and is not charged again."""
         self.faults, self.delay_s, self.slow_s, self.keep = faults or {}, delay_s, slow_s, keep
+        self.fixed: tuple[int, bytes, dict[str, str]] | None = None
+        """(status, body, headers) of every answer, in place of a good one."""
         self.accounts = Accounts()
         self.key = ""
 
@@ -144,6 +146,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, asked: dict[str, Any], key: str, fault: str, raw: bytes) -> None:
         accounts, server = self.server.accounts, self.server
+        if server.fixed is not None:
+            self.reply(*server.fixed)
+            return
         with accounts.lock:
             accounts.statuses[fault or "ok"] += 1
         time.sleep(server.delay_s * Random(key).uniform(0.3, 1.7))

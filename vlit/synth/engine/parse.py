@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from vlit.synth.engine.teacher import Reply
+from vlit.synth.engine.teacher import Reply, mended
 
 LETTERS = "ABCDEFGH"
 MAX_CHARACTERS = 8_000
@@ -77,19 +77,25 @@ def read_pairs(reply: Reply) -> list[Pair]:
 def _from_json(text: str) -> list[Pair]:
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Rejected("format", f"JSON: {error}") from error
     rows = next((v for v in data.values() if isinstance(v, list)), None) if isinstance(data, dict) else data
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise Rejected("format", "JSON without a list of pairs")
     return [
-        Pair(_text(row.get("question")), _text(row.get("answer")), tuple(_text(o) for o in row.get("options") or ()))
+        Pair(_text(row.get("question")), _text(row.get("answer")), tuple(map(_text, _list(row.get("options")))))
         for row in rows
     ]
 
 
 def _text(value: Any) -> str:
-    return value.strip() if isinstance(value, str) else "" if value is None else str(value)
+    return mended(value).strip() if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise Rejected("format", f"options are {type(value).__name__}, expected a list")
+    return value or []
 
 
 def _from_tags(text: str) -> list[Pair]:

@@ -177,6 +177,11 @@ def content_hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def mended(text: str) -> str:
+    """Text that can be stored: a lone half of a surrogate pair, as JSON's ``\\ud83d`` can leave one, becomes U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def picture_hash(path: str) -> str:
     """SHA-256 of a picture file; remembered while size and time of change stay the same."""
     stat = Path(path).stat()

@@ -33,6 +33,7 @@ from vlit.synth.engine.teacher import (
     Reply,
     SendFailed,
     Teacher,
+    mended,
     open_picture,
 )
 
@@ -42,6 +43,8 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 DECLINED_CODES = ("content_filter", "content_policy_violation", "context_length_exceeded", "invalid_prompt")
 MAX_ERROR = 300
 MAX_WAIT_S = 3600.0
+MAX_TOKENS = 10**9
+"""More tokens than any request has; a larger count is nonsense and counts as none."""
 
 
 @TEACHERS.register("openai")
@@ -183,9 +186,13 @@ class OpenAITeacher(Teacher):
             raise SendFailed(self.clean(f"{type(error).__name__}: {error}"), again=True, charged=False) from None
         except (httpx.HTTPError, TimeoutError) as error:  # it had left: the endpoint may have charged it
             raise SendFailed(self.clean(f"{type(error).__name__}: {error}"), again=True, charged=True) from None
-        if status == 200:
+        failed = _failure(text) if status == 200 else {}
+        if failed is None:
             return text
         reason = f"HTTP {status}: {_error_text(text)}"
+        if status == 200:  # gateways report a failure behind them so; what they charge for it stands in its usage
+            charged = bool(failed.get("usage"))
+            raise SendFailed(reason, again=True, charged=charged, wait_s=retry_after(headers.get("retry-after")))
         if status == 429 or status == 408 or status == 409 or status >= 500:
             wait_s = retry_after(headers.get("retry-after"))
             raise SendFailed(reason, again=True, charged=False, wait_s=wait_s, pause_all=status == 429)
@@ -199,17 +206,18 @@ class OpenAITeacher(Teacher):
         data = _one_object(body)
         try:
             choice = data["choices"][0]
-            message, usage = choice["message"], data.get("usage") or {}
+            message, usage = choice["message"], data.get("usage")
             text, refusal = message.get("content") or "", message.get("refusal") or ""
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise BrokenReply(f"no choices[0].message ({type(error).__name__}: {error})") from error
         if not isinstance(text, str):
             raise BrokenReply(f"content is {type(text).__name__}, expected a string")
         reason = choice.get("finish_reason")
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        tokens_in, tokens_out = (c if isinstance(c, int) and c >= 0 else None for c in counts)
-        refused = str(refusal) or ("stopped by the endpoint's content filter" if reason == "content_filter" else "")
-        return Reply(text, tokens_in, tokens_out, refused, cut=reason == "length")
+        tokens_in, tokens_out = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+        refused = mended(str(refusal)) or (
+            "stopped by the endpoint's content filter" if reason == "content_filter" else ""
+        )
+        return Reply(mended(text), tokens_in, tokens_out, refused, cut=reason == "length")
 
     def clean(self, text: str) -> str:
         """``text`` without the key."""
@@ -236,7 +244,7 @@ def retry_after(text: str | None) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError, OSError):
             return None
     return min(max(seconds, 0.0), MAX_WAIT_S) if seconds == seconds else None
 
@@ -251,20 +259,35 @@ def _one_object(body: str) -> dict[str, Any]:
             if again != data:
                 raise BrokenReply("two different objects in one body")
             rest = rest[end:].strip()
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenReply(f"not JSON ({error})") from error
     if not isinstance(data, dict):
         raise BrokenReply(f"{type(data).__name__} instead of an object")
     return data
 
 
+def _count(usage: Any, name: str) -> int | None:
+    """A count of tokens; None where the endpoint gives none that can be true."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and 0 <= count <= MAX_TOKENS else None
+
+
+def _failure(body: str) -> dict[str, Any] | None:
+    """The object of a body that holds an error in place of an answer."""
+    try:
+        data = _one_object(body) if '"error"' in body else {}
+    except BrokenReply:
+        return None
+    return data if data.get("error") and not data.get("choices") else None
+
+
 def _error_text(text: str) -> str:
     try:
-        error = json.loads(text)["error"]
+        error = _one_object(text)["error"]
         text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
+    except (BrokenReply, KeyError):
         pass
-    flat = " ".join(text.split())
+    flat = " ".join(mended(text).split())
     return flat if len(flat) <= MAX_ERROR else flat[:MAX_ERROR] + "…"
 
 
