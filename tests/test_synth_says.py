@@ -9,7 +9,7 @@ import pytest
 
 from tests.spoilt_pictures import bare_pictures
 from vlit.cli import main
-from vlit.synth.engine.prompts import FOLDER
+from vlit.synth.engine.prompts import FOLDER, read_prompt
 
 TEACHER = ("--teacher", "openai", "teacher.base_url=http://127.0.0.1:9/v1", "teacher.model=m", "teacher.retries=0")
 
@@ -90,3 +90,54 @@ def test_a_file_in_place_of_the_runs_folder_and_the_folder_of_a_build_are_named(
     (tmp_path / "build" / "llava" / "run.json").write_text("{}")
     assert main(["synth", "status", str(tmp_path / "build")]) == 2
     assert f"This is a build of several; give one of {tmp_path / 'build' / 'llava'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "text", "said"),
+    [
+        (
+            "minigpt4",
+            "minigpt4/refine",
+            b"=== user\nIt costs $5. Mend: $text",
+            '"$5." is no placeholder here. Known: text.',
+        ),
+        (
+            "minigpt4",
+            "minigpt4/continue",
+            b"=== system\n$txt\n=== user\n$text",
+            'Known: text. Did you mean "text"? Write $$',
+        ),
+        ("minigpt4", "minigpt4/caption", b"=== user\nDescribe ${it}.", '"${it}." is no placeholder here. It has none.'),
+        ("minigpt4", "minigpt4/refine", "=== user\nD\u00e9cris $text".encode("latin-1"), "byte 10 is not UTF-8"),
+        ("minigpt4", "minigpt4/instructions", b"\xff\xfeD", "byte 0 is not UTF-8"),
+        ("llava", "llava/detail", b"=== user\n$captons and $boxes", 'Known: boxes, captions. Did you mean "captions"?'),
+        ("adapt", "adapt/count", b"How many $names?\n" * 5, '"$names?" is no placeholder here. Known: name.'),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "estimate"])
+def test_a_prompt_of_ones_own_that_cannot_be_filled_is_named_before_anything_is_asked(
+    recipe: str, name: str, text: bytes, said: str, command: str, pictures: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "own" / f"{name}.v9.txt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(text)
+    rows = {"images": [{"id": 0, "file_name": "0.png", "width": 24, "height": 24}], "categories": [], "annotations": []}
+    (tmp_path / "instances.json").write_text(json.dumps(rows))
+    words = ["synth", command, "--recipe", recipe, "--images", str(pictures), "--out", str(tmp_path / "run"), *TEACHER]
+    more = ["--annotations", str(tmp_path / "instances.json"), f"recipe.prompts={tmp_path / 'own'}"]
+    assert main([*words, *more, *(["--yes"] if command == "run" else [])]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {file}: ")
+    assert said in error
+    assert not (tmp_path / "run" / "calls.jsonl").is_file() or not (tmp_path / "run" / "calls.jsonl").read_bytes()
+
+
+def test_a_prompt_may_hold_dollar_signs_and_a_mark_of_byte_order(tmp_path: Path) -> None:
+    own = tmp_path / "minigpt4"
+    own.mkdir()
+    (own / "refine.v9.txt").write_bytes(
+        b"\xef\xbb\xbf=== system\nIt costs $$5.\n=== user\nFrom $5\n=== assistant\n$6\n=== user\n$text"
+    )
+    said = read_prompt("minigpt4/refine", own=str(tmp_path)).messages(text="7 $")
+    assert [message.text for message in said] == ["It costs $5.", "From $5", "$6", "7 $"]

@@ -1,16 +1,17 @@
 """Prompts are text files with a version, in our own words; what they say is part of every cache key.
 
 ``prompts/<recipe>/<name>.v<N>.txt`` holds a whole chat: sections that begin with a line ``=== system``, ``=== user`` or ``===
-assistant``; worked examples are earlier turns, the last user section is the question, with ``$placeholders``. Lines before the
-first section are notes. A list (``read_list``) is one entry a line. The highest version is used. A folder of one's own that
-mirrors the tree goes before the files that come with vlit.
+assistant``; worked examples are earlier turns, the last user section is the question, with ``$placeholders`` (those that vlit's
+own file has, in it and in the system section; ``$$`` is a dollar sign). Lines before the first section are notes. A list
+(``read_list``) is one entry a line. The highest version is used. A folder of one's own that mirrors the tree goes before the
+files that come with vlit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -34,10 +35,17 @@ class Prompt:
         """The chat with its placeholders filled in; pictures go with the last message."""
         filled = []
         for number, (role, text) in enumerate(self.sections):
-            last = number == len(self.sections) - 1
-            said = Template(text).substitute(values) if last or role == "system" else text
-            filled.append(Message(role, said, tuple(images) if last else ()))  # type: ignore[arg-type]
+            said = Template(text).substitute(values) if self._is_filled(number) else text
+            shown = tuple(images) if number == len(self.sections) - 1 else ()
+            filled.append(Message(role, said, shown))  # type: ignore[arg-type]
         return tuple(filled)
+
+    def templates(self) -> list[str]:
+        """The texts whose placeholders are filled in: of the system, and the last."""
+        return [text for number, (_, text) in enumerate(self.sections) if self._is_filled(number)]
+
+    def _is_filled(self, number: int) -> bool:
+        return number == len(self.sections) - 1 or self.sections[number][0] == "system"
 
 
 def find(name: str, *, own: str | None = None) -> Path:
@@ -76,26 +84,59 @@ def version_of(*paths: Path) -> str:
     return f"{'+'.join(path.stem for path in paths)}:{digest[:12]}"
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+
+
+def _check_placeholders(name: str, path: Path, texts: Iterable[str]) -> None:
+    """DataError where a text has a ``$`` that is none of the placeholders of vlit's own file ``name``."""
+    if name not in _names(FOLDER):
+        return
+    known = {match["named"] or match["braced"] for match in Template.pattern.finditer(_text_of(find(name)))} - {None}
+    for text in texts:
+        for match in Template.pattern.finditer(text):
+            word = match["named"] or match["braced"]
+            if match["escaped"] is None and word not in known:
+                shown = text[match.start() :].split(maxsplit=1)[0]
+                hint = did_you_mean(word or "", known) or "It has none."
+                raise DataError(f'{path}: "{shown}" is no placeholder here. {hint} Write $$ for a dollar sign.')
+
+
 def read_prompt(name: str, *, own: str | None = None) -> Prompt:
-    """The chat of ``recipe/name``; DataError when it has no sections or does not end with the user."""
+    """The chat of ``recipe/name``.
+
+    Raises:
+        DataError: it has no sections, does not end with the user, is not UTF-8, or has a placeholder that nothing fills.
+    """
     path = find(name, own=own)
-    parts = SECTION.split(path.read_text(encoding="utf-8"))
+    parts = SECTION.split(_text_of(path))
     sections = tuple((parts[n], parts[n + 1].strip()) for n in range(1, len(parts), 2))
     if not sections or sections[-1][0] != "user":
         raise DataError(
             f"{path}: a prompt needs sections (=== system, === user, === assistant) and ends with === user."
         )
-    return Prompt(version_of(path), sections)
+    prompt = Prompt(version_of(path), sections)
+    _check_placeholders(name, path, prompt.templates())
+    return prompt
 
 
-def read_list(name: str, *, own: str | None = None) -> tuple[list[str], str]:
+def read_list(name: str, *, own: str | None = None, is_filled: bool = False) -> tuple[list[str], str]:
     """(entries, version) of a list: one a line; ``#`` begins a note; ``\\n`` in a line is a line break; ``""`` is an
-    entry without words."""
+    entry without words.
+
+    Raises:
+        DataError: it is empty, is not UTF-8, or has a placeholder that nothing fills although it ``is_filled``.
+    """
     path = find(name, own=own)
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in _text_of(path).splitlines())
     entries = ["" if line == '""' else line.replace("\\n", "\n") for line in lines if line and not line.startswith("#")]
     if not entries:
         raise DataError(f"{path}: the list is empty. Write one entry a line.")
+    if is_filled:
+        _check_placeholders(name, path, entries)
     return entries, version_of(path)
 
 

@@ -139,7 +139,7 @@ class AdaptRecipe(RecipeConfig):
         needs_annotations("adapt", inputs)
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ConfigError(f'recipe.tasks: unknown task "{unknown[0]}". {did_you_mean(unknown[0], TASKS)}')
-        lists = {task: read_list(f"adapt/{task}", own=self.prompts) for task in self.tasks}
+        lists = {task: read_list(f"adapt/{task}", own=self.prompts, is_filled=True) for task in self.tasks}
         for task, (templates, name) in lists.items():
             if len(templates) < MIN_INSTRUCTIONS:
                 raise ConfigError(
