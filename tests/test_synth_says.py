@@ -141,3 +141,29 @@ def test_a_prompt_may_hold_dollar_signs_and_a_mark_of_byte_order(tmp_path: Path)
     )
     said = read_prompt("minigpt4/refine", own=str(tmp_path)).messages(text="7 $")
     assert [message.text for message in said] == ["It costs $5.", "From $5", "$6", "7 $"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("run --recipe minigpt4 --images {folder} --out {folder}/o --teacher openai --yes teacher.model=m "
+         "teacher.base_url=http://[::1/v1", "teacher.base_url: no address (Invalid IPv6 URL)"),
+        ("estimate --recipe minigpt4 --images {folder} --out {folder}/o --teacher openai teacher.model=m "
+         "teacher.base_url=http://127.0.0.1:port/v1", "teacher.base_url: no address (Port could not be cast"),
+        ("run --recipe minigpt4 --images {folder} --out {folder}/o --teacher openai --yes teacher.model=m "
+         "teacher.base_url=http://127.0.0.1:99999/v1", "teacher.base_url: no address (Port"),
+        ("run --recipe minigpt4 --images {folder} --out {file}/o", "out: {file}/o cannot be made (Not a directory)"),
+        ("world --out {file}", "world {file}: this is a file. Choose a folder."),
+        ("world --out {file}/w", "world {file}/w: its folder cannot be made (File exists)"),
+    ],
+)  # fmt: skip
+def test_an_address_or_a_place_that_cannot_be_is_one_line(
+    command: str, said: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    names = {"folder": str(pictures), "file": str(tmp_path / "file")}
+    assert main(["synth", *(word.format(**names) for word in command.split())]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said.format(**names)}")
+    assert error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"

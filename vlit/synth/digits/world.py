@@ -98,7 +98,14 @@ def ensure_world(
     wanted, paths = settings.content_hash(), WorldPaths(target)
     if _built_hash(paths) == wanted:
         return paths
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"world {target}: its folder cannot be made ({error.strerror}). Choose another place."
+        ) from error
+    if target.exists() and not target.is_dir():
+        raise DataError(f"world {target}: this is a file. Choose a folder.")
     with _locked(target.parent / f".{target.name}.lock"):
         if _built_hash(paths) == wanted:
             return paths

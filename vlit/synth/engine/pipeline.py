@@ -91,7 +91,10 @@ def run(settings: SynthConfig, *, show: bool = True) -> Report:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out: {out} is a file. Give the folder of the run, or a name that is not taken.")
-    make_folder(out)
+    try:
+        make_folder(out)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be made ({error.strerror}). Give another folder.") from error
     cap = None if settings.budget_usd is None else round(settings.budget_usd * NANO)
     log = CallLog(Path(settings.calls) if settings.calls else out / "calls.jsonl", cap_nano=cap)
     try:

@@ -88,7 +88,15 @@ class OpenAIConfig(ComponentConfig):
 
     def build(self, **kwargs: Any) -> OpenAITeacher:
         """The teacher. ConfigError: no key in the environment, or an address a key must not be sent to."""
-        parts = urlsplit(self.base_url)
+        import httpx
+
+        try:
+            parts = urlsplit(self.base_url)
+            _ = parts.port, httpx.URL(self.base_url)  # each refuses what the other lets pass
+        except (ValueError, httpx.InvalidURL) as error:
+            raise ConfigError(
+                f"teacher.base_url: no address ({error}). Give one like http://localhost:8000/v1."
+            ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise ConfigError(
                 f"teacher.base_url: {parts.scheme}://{parts.hostname or ''}: expected http(s)://host/v1 without user or query."
