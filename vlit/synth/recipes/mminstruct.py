@@ -27,6 +27,8 @@ KINDS: tuple[QuestionKind, ...] = ("judgement", "choice", "short", "long")
 YES_NO = {"yes": "Yes", "no": "No"}
 CONCLUSION = re.compile(r"\bso,? (?:the answer is )?(yes|no|[A-D])\.?$")
 """How a reasoned judgement or choice ends."""
+LETTERED = re.compile(r"\(?([A-Da-d])(?:[.):]+(.*))?", re.DOTALL)
+"""A letter alone, or with the text of its option behind it."""
 
 
 @RECIPES.register("mminstruct")
@@ -144,16 +146,36 @@ def check_pair(pair: Pair, kind: str, *, is_reasoned: bool = False) -> Pair:
         return Pair(question, YES_NO[word])
     if kind == "choice":
         _check_options(pair)
-        letter = answer.strip(" ().:")[:1].upper()
-        alone = len(answer.strip(" ().:")) == 1 or not answer.strip()[1:2].isalpha()
-        if letter not in LETTERS[:4] or not alone:
-            raise Rejected("options", f"the answer {answer[:40]!r} is not a letter from A to D")
-        return Pair(question, letter, pair.options)
+        return Pair(question, chosen(answer, pair.options), pair.options)
     if kind == "short" and len(answer.split()) > 12:
         raise Rejected("long", f"{len(answer.split())} words for a short answer")
     if kind == "long" and len(answer.split()) < 5:
         raise Rejected("short", f"{len(answer.split())} words for a long answer")
     return Pair(question, answer)
+
+
+def chosen(answer: str, options: tuple[str, ...]) -> str:
+    """The letter of the one option that an answer names: by its letter, by letter and text, or by its text.
+
+    Raises:
+        Rejected: it names none, several, or one by its letter and another by its text.
+    """
+    texts = [_bare(option) for option in options]
+    named = {letter for letter, text in zip(LETTERS, texts, strict=False) if text == _bare(answer)}
+    if found := LETTERED.fullmatch(answer.strip()):
+        letter, text = found[1].upper(), _bare(found[2] or "")
+        if not text or text == texts[LETTERS.index(letter)]:
+            named.add(letter)
+    if len(named) != 1:
+        raise Rejected(
+            "options", f"the answer {answer[:40]!r} does not name one of the options {', '.join(options)[:80]}"
+        )
+    return named.pop()
+
+
+def _bare(text: str) -> str:
+    """For comparing: without case, double spaces and a full stop at the end."""
+    return " ".join(text.casefold().split()).rstrip(".")
 
 
 def _check_options(pair: Pair) -> None:
