@@ -1,14 +1,15 @@
-"""Pictures that look the same: 256-bit difference hashes and a colour thumbnail (ours, after dHash).
+"""Pictures that look the same: 256-bit difference hashes, a colour thumbnail and a grey one (ours, after dHash).
 
 Bit (x, y) says that the grey level rises by more than 4 from x to x + 1 in a 17 x 16 picture; the dead zone keeps flat
-areas from voting by noise. Two pictures look the same when at most 24 bits differ and the 8 x 8 colour thumbnails differ by
-at most 12 levels on average. Evaluation pictures are compared with every picture. Within a dataset only pictures that share
-one of 16 bands of the hash are: up to 15 bits apart that is certain (pigeonhole), beyond it likely.
+areas from voting by noise. Two pictures look the same when at most 24 bits differ, these are at most 0.4 of the bits set in
+both (a page has few), the 8 x 8 colour thumbnails differ by at most 12 levels on average, and the grey thumbnails confirm it
+(``thumbnails.py``). Evaluation pictures are compared with every picture. Within a dataset only pictures that share one of 16
+bands of the hash are: up to 15 bits apart that is certain (pigeonhole), beyond it likely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from vlit.data.images import open_rgb, resolve_image
 from vlit.errors import DataError
 from vlit.synth.quality.sketches import candidate_pairs
 from vlit.synth.quality.spool import batches, in_order
+from vlit.synth.quality.thumbnails import MAX_DETAIL, SIDE, WORDS, detail_of, same_view, thumbnail
 
-MAX_BITS, MAX_LEVELS, DEAD_ZONE = 24, 12.0, 4
+MAX_BITS, MAX_SHARE, MAX_LEVELS, DEAD_ZONE = 24, 0.4, 12.0, 4
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 PICTURES_AT_ONCE = 256
 _ALL_PAIRS = 200_000_000
@@ -31,11 +33,13 @@ class Looks(NamedTuple):
 
     bits: np.ndarray  # uint64 [N, 4]
     colours: np.ndarray  # uint8 [N, 192]
+    greys: np.ndarray  # uint8 [N, 48, 48]
+    detail: np.ndarray  # uint64 [N, 36]
     known: np.ndarray  # bool [N]
 
 
-def look(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Hash and thumbnail of one picture file.
+def look(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Hash, colours, greys and detail of one picture file.
 
     Raises:
         DataError: it cannot be decoded.
@@ -44,29 +48,34 @@ def look(path: Path) -> tuple[np.ndarray, np.ndarray]:
     grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
     rises = (grey[:, 1:] - grey[:, :-1] > DEAD_ZONE).reshape(-1)
     colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.uint8).reshape(-1)
-    return np.packbits(rises).view(np.uint64), colours
+    small = thumbnail(image)
+    return np.packbits(rises).view(np.uint64), colours, small, detail_of(small)
 
 
 def look_at(task: tuple[list[str], Path]) -> Looks:
     """Look at a list of references below an image folder."""
     names, root = task
-    bits, colours = np.zeros((len(names), 4), np.uint64), np.zeros((len(names), 192), np.uint8)
-    known = np.zeros(len(names), bool)
+    looks = _unknown(len(names))
     for place, name in enumerate(names):
         try:
-            bits[place], colours[place] = look(resolve_image(name, root))
-            known[place] = True
+            found = look(resolve_image(name, root))
         except DataError:
             continue
-    return Looks(bits, colours, known)
+        for column, value in zip(looks, (*found, True), strict=True):
+            column[place] = value
+    return looks
+
+
+def _unknown(number: int) -> Looks:
+    """Looks of pictures that nothing is known of."""
+    shapes = (((4,), np.uint64), ((192,), np.uint8), ((SIDE, SIDE), np.uint8), ((WORDS,), np.uint64), ((), bool))
+    return Looks(*(np.zeros((number, *shape), kind) for shape, kind in shapes))
 
 
 def join(parts: Iterable[Looks]) -> Looks:
     """Looks one after another."""
     held = list(parts)
-    if not held:
-        return Looks(np.zeros((0, 4), np.uint64), np.zeros((0, 192), np.uint8), np.zeros(0, bool))
-    return Looks(*(np.concatenate(columns) for columns in zip(*held, strict=True)))
+    return Looks(*(np.concatenate(columns) for columns in zip(*held, strict=True))) if held else _unknown(0)
 
 
 def pictures_below(folder: Path) -> list[str]:
@@ -143,19 +152,40 @@ def same_across(looks: Looks, others: Looks) -> np.ndarray:
 
 
 def _alike(left: Looks, a: np.ndarray, right: Looks, b: np.ndarray) -> np.ndarray:
-    """Which pairs look the same; pictures that could not be decoded look like nothing."""
-    if not len(a):
-        return np.zeros(0, bool)
-    apart = np.bitwise_count(left.bits[a] ^ right.bits[b]).sum(axis=1)
-    levels = np.concatenate(
-        [
-            np.abs(left.colours[rows].astype(np.int16) - right.colours[others].astype(np.int16)).mean(axis=1)
-            for rows, others in _slices(a, b)
-        ]
-    )
-    return (apart <= MAX_BITS) & (levels <= MAX_LEVELS) & left.known[a] & right.known[b]
+    """Which pairs look the same; pictures that could not be decoded look like nothing. The dearest test comes last."""
+    alike = left.known[a] & right.known[b]
+    for test, at_once in (
+        (_same_bits, 1_000_000),
+        (_same_colours, 100_000),
+        (_same_detail, 100_000),
+        (_same_greys, 256),
+    ):
+        rows = np.flatnonzero(alike)
+        for low in range(0, len(rows), at_once):
+            part = rows[low : low + at_once]
+            alike[part] = test(left, a[part], right, b[part])
+    return alike
 
 
-def _slices(a: np.ndarray, b: np.ndarray, size: int = 100_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for low in range(0, len(a), size):
-        yield a[low : low + size], b[low : low + size]
+def _same_bits(left: Looks, a: np.ndarray, right: Looks, b: np.ndarray) -> np.ndarray:
+    apart, held = _apart(left.bits[a], right.bits[b])
+    return (apart <= MAX_BITS) & (apart <= MAX_SHARE * held)
+
+
+def _same_colours(left: Looks, a: np.ndarray, right: Looks, b: np.ndarray) -> np.ndarray:
+    return np.abs(left.colours[a].astype(np.int16) - right.colours[b].astype(np.int16)).mean(axis=1) <= MAX_LEVELS
+
+
+def _same_detail(left: Looks, a: np.ndarray, right: Looks, b: np.ndarray) -> np.ndarray:
+    apart, held = _apart(left.detail[a], right.detail[b])
+    return apart <= MAX_DETAIL * held
+
+
+def _same_greys(left: Looks, a: np.ndarray, right: Looks, b: np.ndarray) -> np.ndarray:
+    return same_view(left.greys[a], right.greys[b])
+
+
+def _apart(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bits that differ, and bits set in both together, of each pair of rows."""
+    held = np.bitwise_count(ours).sum(axis=1, dtype=np.int64) + np.bitwise_count(theirs).sum(axis=1, dtype=np.int64)
+    return np.bitwise_count(ours ^ theirs).sum(axis=1, dtype=np.int64), held
