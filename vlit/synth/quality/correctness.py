@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from vlit.data.record import Box, Record
 from vlit.synth.quality.annotations import Annotations, Thing
+from vlit.synth.quality.form import without_form
 from vlit.synth.quality.phrases import CLAUSE, Phrase, Token, is_understood, read_counts, read_phrases, read_tokens
 from vlit.synth.quality.words import STOP, lemma, number_of, tokens
 
@@ -52,17 +53,17 @@ def agreement_of(record: Record, known: Annotations) -> Agreement:
     question = ""
     for turn in record.turns:
         if turn.role == "user":
-            question = _asked(turn.text)
+            question = asked_of(turn.text)
         elif turn.role == "assistant":
             _compare(question, turn.text, things, known, found)
     return found
 
 
-def _asked(text: str) -> str:
+def asked_of(text: str) -> str:
     """The question itself, without placeholder, options and instructions about the form of the answer."""
-    text = text.replace("<image>", " ").strip().split("\n")[0]
+    text = without_form(text.replace("<image>", " ").strip().split("\n")[0])
     head, mark, _ = text.partition("?")
-    return head + mark if mark else re.split(r"(?<=\.)\s+(?:Answer|Say)\b", text)[0]
+    return head + mark
 
 
 def yes_or_no(answer: str) -> str | None:

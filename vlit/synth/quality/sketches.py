@@ -2,7 +2,8 @@
 banding).
 
 MinHash: Broder 1997; banding: Leskovec et al., Mining of Massive Datasets §3.4. A pair that shares a band is compared by
-the exact Jaccard similarity of its word sets, so the sketch decides which pairs are looked at, never the result.
+the exact Jaccard similarity of its word sets, so the sketch decides which pairs are looked at, never the result. A word with
+the mark ``ASKED`` is what a question is about: two sets that each have one the other lacks are two questions, however alike.
 HyperLogLog: Flajolet et al. 2007, with linear counting below 2.5 registers.
 
 Shape letters: N sets, P permutations, B bands.
@@ -18,6 +19,8 @@ import xxhash
 PERMUTATIONS, BANDS = 64, 32
 NEIGHBOURS = 8
 """Members of a band's bucket that each member is compared with, beside its first: bounds the work on huge buckets."""
+ASKED = np.uint64(1 << 63)
+"""Mark on the hash of a word; the other 63 bits are the word."""
 _PRECISION = 14
 _PAIRS_AT_ONCE = 50_000
 _RNG = np.random.default_rng(1997)
@@ -117,7 +120,7 @@ def near_duplicates(
         for reach in (0, NEIGHBOURS):
             rows = rows[earlier[rows] < 0]
             pairs = rows[candidate_pairs(np.asarray(keys[rows, band]), reach=reach)[1 if reach else 0]]
-            alike = jaccard(values, starts, pairs)
+            alike = likeness(values, starts, pairs, near=near)
             pairs, alike = pairs[alike >= near], alike[alike >= near]
             for (a, b), value in zip(pairs.tolist(), alike.tolist(), strict=True):
                 if earlier[a] < 0 and earlier[b] < 0:
@@ -126,10 +129,18 @@ def near_duplicates(
     root = earlier[chained]
     while (earlier[root] >= 0).any():
         root = np.where(earlier[root] >= 0, earlier[root], root)
-    value = jaccard(values, starts, np.stack([root, chained], axis=1))
+    value = likeness(values, starts, np.stack([root, chained], axis=1), near=near)
     earlier[chained] = np.where(value >= near, root, -1)
     similar[chained] = np.where(value >= near, value, 0)
     return similar
+
+
+def likeness(values: np.ndarray, starts: np.ndarray, pairs: np.ndarray, *, near: float) -> np.ndarray:
+    """Jaccard similarity of every pair of sets; 0 where it reaches ``near`` though the two ask about different things."""
+    alike = jaccard(values, starts, pairs)
+    rows = np.flatnonzero(alike >= near)
+    alike[rows[ask_apart(values, starts, pairs[rows])]] = 0
+    return alike
 
 
 def jaccard(values: np.ndarray, starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -138,16 +149,38 @@ def jaccard(values: np.ndarray, starts: np.ndarray, pairs: np.ndarray) -> np.nda
     out = np.zeros(len(pairs))
     for low in range(0, len(pairs), _PAIRS_AT_ONCE):
         part = pairs[low : low + _PAIRS_AT_ONCE]
-        rows = part.reshape(-1)
-        owner = np.repeat(np.arange(len(rows)) // 2, lengths[rows])
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths[rows]) - lengths[rows], lengths[rows])
-        held = values[np.repeat(starts[rows], lengths[rows]) + within]
-        order = np.lexsort((held, owner))
-        held, owner = held[order], owner[order]
-        twice = (held[1:] == held[:-1]) & (owner[1:] == owner[:-1])
-        common = np.bincount(owner[1:][twice], minlength=len(part))
+        held, side = _members(values, starts, part)
+        common = np.bincount(side[_shared(held, side)] // 2, minlength=len(part)) // 2
         out[low : low + len(part)] = common / (lengths[part].sum(axis=1) - common).clip(1)
     return out
+
+
+def ask_apart(values: np.ndarray, starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """bool [pairs]: each of the two has a marked member that the other lacks."""
+    out = np.zeros(len(pairs), bool)
+    for low in range(0, len(pairs), _PAIRS_AT_ONCE):
+        part = pairs[low : low + _PAIRS_AT_ONCE]
+        held, side = _members(values, starts, part)
+        own = side[~_shared(held, side) & (held >= ASKED)]
+        out[low : low + len(part)] = np.bincount(own, minlength=2 * len(part)).reshape(-1, 2).all(axis=1)
+    return out
+
+
+def _members(values: np.ndarray, starts: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Members of both sets of each pair, those of the same word side by side, and the set each is of (2 * pair, + 1)."""
+    lengths, rows = np.diff(starts), part.reshape(-1)
+    side = np.repeat(np.arange(len(rows)), lengths[rows])
+    within = np.arange(len(side)) - np.repeat(np.cumsum(lengths[rows]) - lengths[rows], lengths[rows])
+    held = values[np.repeat(starts[rows], lengths[rows]) + within]
+    order = np.lexsort((held & ~ASKED, side // 2))
+    return held[order], side[order]
+
+
+def _shared(held: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """bool [members]: the other set of the pair has the word too."""
+    word, pair = held & ~ASKED, side // 2
+    same = (word[1:] == word[:-1]) & (pair[1:] == pair[:-1])
+    return np.r_[False, same][: len(held)] | np.r_[same, False][: len(held)]
 
 
 def earlier_of(number: int, pairs: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ import orjson
 from vlit.data.json_stream import iter_json_records
 from vlit.errors import ConfigError, DataError
 from vlit.synth.quality.annotations import REGIONS, Annotations, read_annotations
+from vlit.synth.quality.form import without_form
+from vlit.synth.quality.ngrams import CONTAMINATION_WORDS, word_hashes
 from vlit.synth.quality.sketches import ngram_hashes
-from vlit.synth.quality.text import CONTAMINATION_WORDS, word_hashes
 from vlit.synth.quality.words import tokens
 
 
@@ -99,7 +100,8 @@ def _joined(parts: list[Annotations]) -> Annotations:
 
 
 def eval_sequences(path: Path) -> np.ndarray:
-    """Sorted hashes of all word sequences in the texts of an evaluation file, whatever its keys.
+    """Sorted hashes of all word sequences in the texts of an evaluation file, whatever its keys; what asks for a form of answer
+    is left out.
 
     Raises:
         DataError: it cannot be read, or no text is long enough to be found.
@@ -112,7 +114,7 @@ def eval_sequences(path: Path) -> np.ndarray:
             texts = list(_strings(orjson.loads(raw)))
         except orjson.JSONDecodeError as error:
             raise DataError(f"--eval-texts {path}: not JSON ({error}). Give questions as JSON or JSONL.") from error
-        held += [ngram_hashes(word_hashes(tokens(text)), CONTAMINATION_WORDS) for text in texts]
+        held += [ngram_hashes(word_hashes(tokens(without_form(text))), CONTAMINATION_WORDS) for text in texts]
     if not records:
         raise DataError(f"--eval-texts {path}: no records. Give evaluation questions as JSON or JSONL.")
     found = np.unique(np.concatenate(held)) if held else np.zeros(0, np.uint64)

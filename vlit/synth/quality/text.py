@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,16 +18,28 @@ import orjson
 from vlit.data.record import KEYS, Record, from_json
 from vlit.errors import DataError
 from vlit.synth.quality.annotations import Annotations, region_names
-from vlit.synth.quality.correctness import CHECKS, agreement_of, leaks, yes_or_no
-from vlit.synth.quality.sketches import Distinct, band_keys, hash_text, ngram_hashes
-from vlit.synth.quality.words import COLOURS, POSITIONS, REASONING, RELATIONS, STOP, content, number_of, root_of, tokens
+from vlit.synth.quality.correctness import CHECKS, agreement_of, asked_of, leaks, yes_or_no
+from vlit.synth.quality.form import without_form
+from vlit.synth.quality.ngrams import Said, distinct_ngrams, known_sequences, word_hashes
+from vlit.synth.quality.sketches import ASKED, band_keys, hash_text
+from vlit.synth.quality.words import (
+    COLOURS,
+    POSITIONS,
+    REASONING,
+    RELATIONS,
+    STOP,
+    content,
+    meaning,
+    number_of,
+    root_of,
+    subjects,
+    tokens,
+)  # fmt: skip
+from vlit.types import Turn
 
 HALF = {"turns": 4.0, "answer_words": 60.0, "objects": 5.0, "relations": 3.0, "reasoning": 2.0}
 COUNTS = ("turns", "question_words", "answer_words", "objects", "relations", "reasoning", "leaks", "claims")
 FIELDS = ("id", "kind", "domain", "instruction_type", "image", "licence", "source")
-CONTAMINATION_WORDS = 13
-"""Length of the word sequences that must not be shared with an evaluation set (GPT-3, arXiv:2005.14165 App. C)."""
-_MAX_WORDS = 1 << 16
 
 
 @dataclass
@@ -41,7 +52,8 @@ class Chunk:
     """Hash of the normalised text and images of each record."""
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
     sets: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    """Hashed content words of each record, one record after another; ``lengths`` of them each."""
+    """Hashed content words of each record, one record after another; ``lengths`` of them each. ``ASKED`` marks what a single
+    question is about."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     templates: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     answers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
@@ -70,38 +82,6 @@ class Context:
     """Pictures that cannot be decoded; None where pictures are not looked at."""
     contaminated: frozenset[str] | None = None
     """Pictures of evaluation sets; None where none were given."""
-
-
-class Said:
-    """Hashed words of all turns of a chunk, one after another, with the turn of each word and the record of each turn."""
-
-    def __init__(self) -> None:
-        self.words, self.turns, self.owners = array("Q"), array("q"), array("q")
-        self.owner = 0
-
-    def add(self, words: Sequence[str]) -> None:
-        """Take in one turn."""
-        kept = words[:_MAX_WORDS]
-        self.words.extend([_hash(word) for word in kept])
-        self.turns.extend([len(self.owners)] * len(kept))
-        self.owners.append(self.owner)
-
-
-def word_hashes(words: Sequence[str]) -> np.ndarray:
-    """uint64 hash of each word."""
-    return np.array([_hash(word) for word in words[:_MAX_WORDS]], np.uint64)
-
-
-_KNOWN: dict[str, int] = {}
-
-
-def _hash(word: str) -> int:
-    value = _KNOWN.get(word)
-    if value is None:
-        if len(_KNOWN) > 1 << 18:
-            _KNOWN.clear()
-        value = _KNOWN[word] = hash_text(word)
-    return value
 
 
 def template_of(question: list[str], labels: frozenset[str]) -> str:
@@ -138,7 +118,7 @@ def measure_chunk(raws: list[tuple[int, bytes]], context: Context) -> Chunk:
     exact = array("Q")
     sets: list[np.ndarray] = []
     templates, answers = array("Q"), array("Q")
-    said = Said()
+    said, plain = Said(), Said() if context.eval_ngrams is not None else None
     labels = frozenset(context.annotations.things and _label_words(context.annotations) if context.annotations else ())
     for place, (number, raw) in enumerate(raws):
         try:
@@ -154,14 +134,24 @@ def measure_chunk(raws: list[tuple[int, bytes]], context: Context) -> Chunk:
         said.owner = place
         chunk.ignored.update(extra)
         row, words = _texts(record, chunk, said, templates, answers, labels)
+        if plain is not None:
+            plain.owner = place
+            for turn in record.turns:
+                plain.add(tokens(_without_form(turn)))
         rows.append(row | _agreement(record, chunk, context) | _pictures(record, context))
         for name, value in _fields(record, context).items():
             fields[name].append(value)
         shown = [context.same_image.get(image, image) for image in record.images]
         exact.append(hash_text("\n".join([*shown, *words])))
-        bag = sorted(set(content([word for turn in words for word in turn.split()]))) or ["(nothing)"]
-        sets.append(word_hashes(bag) ^ np.uint64(hash_text("|".join(shown))))
-    _ngrams(said, chunk, rows, context.eval_ngrams)
+        sets.append(_bag(record, shown))
+    for size, (count, registers) in enumerate(distinct_ngrams(said)):
+        chunk.ngrams[size] += count
+        chunk.distinct.append(registers)
+    if plain is not None and context.eval_ngrams is not None:
+        shared = known_sequences(plain, context.eval_ngrams, records=len(rows))
+        for row, held in zip(rows, shared, strict=True):
+            if row:
+                row["eval_text"] = held
     names = dict.fromkeys(name for row in rows for name in row)
     chunk.numbers = {name: np.array([row.get(name, np.nan) for row in rows], np.float32) for name in names}
     chunk.fields, chunk.exact = fields, np.frombuffer(exact, np.uint64)
@@ -169,7 +159,7 @@ def measure_chunk(raws: list[tuple[int, bytes]], context: Context) -> Chunk:
     chunk.lengths = np.array([len(bag) for bag in sets], np.int64)
     chunk.sets = np.concatenate(sets) if sets else chunk.sets
     if sets:
-        chunk.keys = band_keys(chunk.sets, np.r_[0, np.cumsum(chunk.lengths)])
+        chunk.keys = band_keys(chunk.sets & ~ASKED, np.r_[0, np.cumsum(chunk.lengths)])
     return chunk
 
 
@@ -212,33 +202,22 @@ def _texts(
     return row, normal
 
 
-def _ngrams(said: Said, chunk: Chunk, rows: list[dict[str, float]], known: np.ndarray | None) -> None:
-    """Count distinct 1- to 3-grams, and word sequences of each record that the evaluation sets hold too."""
-    hashes, turns = np.frombuffer(said.words, np.uint64), np.frombuffer(said.turns, np.int64)
-    for size in (1, 2, 3):
-        counter = Distinct()
-        grams, _ = _within_turns(hashes, turns, size)
-        counter.add(grams)
-        chunk.ngrams[size - 1] += len(grams)
-        chunk.distinct.append(counter.registers)
-    if known is None:
-        return
-    grams, turn = _within_turns(hashes, turns, CONTAMINATION_WORDS)
-    shared = np.zeros(len(rows))
-    if len(grams) and len(known):
-        place = np.searchsorted(known, grams).clip(max=len(known) - 1)
-        owners = np.frombuffer(said.owners, np.int64)[turn[known[place] == grams]]
-        shared += np.bincount(owners, minlength=len(rows))
-    for row, count in zip(rows, shared.tolist(), strict=True):
-        if row:
-            row["eval_text"] = count
+def _without_form(turn: Turn) -> str:
+    return (without_form(turn.text) if turn.role == "user" else turn.text).replace("<image>", " ")
 
 
-def _within_turns(hashes: np.ndarray, turns: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the runs of ``size`` words that lie in one turn, and the turns they lie in."""
-    grams = ngram_hashes(hashes, size)
-    inside = turns[: len(grams)] == turns[size - 1 :][: len(grams)]
-    return grams[inside], turns[: len(grams)][inside]
+def _bag(record: Record, shown: list[str]) -> np.ndarray:
+    """Sorted hashes of the content words of a record of these pictures.
+
+    Of a record with one question, the things, colours, numbers and names of the question bear the mark ``ASKED``.
+    """
+    words = sorted({word for turn in record.turns for word in meaning(tokens(_without_form(turn)))}) or ["(nothing)"]
+    hashes = (word_hashes(words) ^ np.uint64(hash_text("|".join(shown)))) & ~ASKED
+    questions = [turn.text for turn in record.turns if turn.role == "user"]
+    if len(questions) == 1:
+        about = subjects(tokens(asked_of(questions[0])))
+        hashes[[word in about for word in words[: len(hashes)]]] |= ASKED
+    return hashes
 
 
 def _agreement(record: Record, chunk: Chunk, context: Context) -> dict[str, float]:

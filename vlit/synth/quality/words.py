@@ -10,12 +10,15 @@ import re
 from functools import lru_cache
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
+    """The words of a list between spaces."""
     return frozenset(text.split())
 
 
 TOKEN = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*|\d+(?:\.\d+)?")
-COLOURS = _words("red green blue yellow pink white black orange purple brown gray grey cyan magenta beige silver gold")
+COLOURS = word_set(
+    "red green blue yellow pink white black orange purple brown gray grey cyan magenta beige silver gold"
+)
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
            "eleven": 11, "twelve": 12}  # fmt: skip
 POSITIONS: dict[str, tuple[float, float, float, float]] = {
@@ -25,29 +28,36 @@ POSITIONS: dict[str, tuple[float, float, float, float]] = {
     "lower-left": (0, 0.5, 0.5, 1), "lower-right": (0.5, 0.5, 1, 1),
 }  # fmt: skip
 """Quarters of a picture: where the centre of a thing must lie."""
-DETERMINERS = _words("a an the this that these those its their his her some any all each every another")
-AUXILIARIES = _words(
+DETERMINERS = word_set("a an the this that these those its their his her some any all each every another")
+AUXILIARIES = word_set(
     "is are was were be been being am do does did can could will would should may might must has have had"
 )
-PREPOSITIONS = _words(
+PREPOSITIONS = word_set(
     """at in on of to from with without by for into onto near behind beside between above below under over left right
     front next about around inside outside through across along against toward towards among"""
 )
-RELATIONS = _words(
+RELATIONS = word_set(
     """on in near behind beside between above below under over left right front next around inside outside across
     against among holding wearing riding larger smaller taller shorter bigger"""
 )
-REASONING = _words(
+REASONING = word_set(
     """because so therefore since thus hence if then suggests implies indicates likely probably means reason due
     considering although however compare compared first second finally"""
 )
-_WH = _words("what which who whom whose where when why how")
-_OTHER = _words(
+_WH = word_set("what which who whom whose where when why how")
+_OTHER = word_set(
     """and or but not no yes it they he she you i we me us them there here as than if so please now very also only many
     much more most less few other color colour kind type number"""
 )
+DIRECTIONS = word_set(
+    """left right front behind above below under over inside outside between beside next near top bottom up down forward
+    backward backwards towards away north south east west"""
+)
+"""Words of place that tell one answer from another by themselves, whatever they are called in a grammar."""
+GENERIC = word_set("picture scene view shot photography detail thing visible something anything")
+"""Nouns that every question may hold."""
 STOP = DETERMINERS | AUXILIARIES | PREPOSITIONS | _WH | _OTHER - {"yes", "no", "not", "color", "colour", "number"}
-VERBS = _words(
+VERBS = word_set(
     """describe explain name count list identify find say write give tell show see look add compare sum answer choose
     select pick locate point estimate predict infer summarize summarise determine decide judge classify detect
     recognize recognise translate read provide discuss analyze analyse suggest imagine generate create caption
@@ -90,6 +100,17 @@ def lemma(word: str) -> str:
 def content(words: list[str]) -> list[str]:
     """Base forms of the words that carry meaning."""
     return [lemma(word) for word in words if word not in STOP]
+
+
+def meaning(words: list[str]) -> list[str]:
+    """Base forms of the words that tell one text from another: content words and directions."""
+    return [lemma(word) for word in words if word not in STOP or word in DIRECTIONS]
+
+
+def subjects(words: list[str]) -> set[str]:
+    """Base forms of the things, colours, numbers, names and directions of a question; its verbs are wording."""
+    found = {base for base in meaning(words) if base not in VERBS and base not in GENERIC and base not in REASONING}
+    return found - {"one"}  # "Which one is it?"
 
 
 def number_of(word: str) -> int | None:

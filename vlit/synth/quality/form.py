@@ -1,0 +1,48 @@
+"""Sentences of a question that ask for a form of answer: "Answer the question using a single word or phrase."
+
+They stand behind every question of a dataset and say nothing about a picture, so they count neither when records are compared
+nor as text of an evaluation set. Such a sentence consists of a closed set of words; the readers of formats, the recipes and the
+embedded world use no others (a test holds them to it). What another dataset asks with other words stays content.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from vlit.synth.quality.words import TOKEN, word_set
+
+_WORDS = word_set(
+    """a all alone an and answer answering answers are as at be below brief briefly by choice choices choose close closely
+    complete conclude concise conclusion correct describe detail directly do doing each end exactly explain few first
+    following for form from full give given how image in is it its judge just keep letter letters look no of on one only
+    option option's options or out output phrase phrases picture please provide question reason reasoning reply respond rests
+    right say see select sentence sentences short should simple single so step that the them then there this to true two use
+    using verdict way what which will with without word words write yes you your"""
+)
+_STARTS = word_set(
+    "a answer choose describe explain give judge keep look output please provide reason reply respond say select use write"
+)
+_FORMS = word_set(
+    """answer answers briefly choice choices letter letters option options option's phrase phrases reasoning reply respond
+    sentence sentences verdict word words yes"""
+)
+_WHOLE = frozenset(
+    {"is this right", "is this true", "is this correct", "which option is right", "which option is correct"}
+)
+_SENTENCE = re.compile(r"[^.?!\n]*[.?!]*\n?")
+
+
+def without_form(question: str) -> str:
+    """A question without its sentences about the form of the answer; as it is where nothing else would be left."""
+    kept = "".join(part for part in _SENTENCE.findall(question) if not asks_for_form(part))
+    return kept if TOKEN.search(kept.replace("<image>", "")) else question
+
+
+@lru_cache(maxsize=1 << 12)
+def asks_for_form(sentence: str) -> bool:
+    """Whether a sentence asks for a form of answer and for nothing else."""
+    words = TOKEN.findall(sentence.lower().replace("’", "'"))
+    if " ".join(words) in _WHOLE:
+        return True
+    return bool(words) and words[0] in _STARTS and _WORDS.issuperset(words) and not _FORMS.isdisjoint(words)
