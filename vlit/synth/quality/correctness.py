@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from vlit.data.record import Box, Record
 from vlit.synth.quality.annotations import Annotations, Thing
+from vlit.synth.quality.asserted import asserted
 from vlit.synth.quality.form import without_form
 from vlit.synth.quality.phrases import CLAUSE, Phrase, Token, is_understood, read_counts, read_phrases, read_tokens
 from vlit.synth.quality.words import STOP, lemma, number_of, tokens
@@ -78,7 +79,8 @@ def yes_or_no(answer: str) -> str | None:
 def _compare(question: str, answer: str, things: tuple[Thing, ...], known: Annotations, found: Agreement) -> None:
     asked = read_tokens(question, known)
     verdict = yes_or_no(answer)
-    if verdict and _ASKS.match(question) and is_understood(asked):
+    told = is_understood(asked) and asserted(question) == question
+    if verdict and _ASKS.match(question) and told:
         _judge(asked, verdict, things, found)
     if _BOX.search(answer):
         _compare_boxes(question, answer, things, known, found)
@@ -86,10 +88,11 @@ def _compare(question: str, answer: str, things: tuple[Thing, ...], known: Annot
     said = read_tokens(answer, known)
     how_many = question.lower().startswith(("how many", "count"))
     if len(said) <= 2 and not verdict:
-        _short(asked, said, things, found, how_many=how_many and is_understood(asked))
+        if told:
+            _short(asked, said, things, found, how_many=how_many)
         return
     for clause in CLAUSE.split(answer):
-        words = read_tokens(clause, known)
+        words = read_tokens(asserted(clause), known)
         exact = how_many or (
             any(token.kind == "is" for token in words[:3]) and "there" in (token.value for token in words[:2])
         )
@@ -137,7 +140,7 @@ def _exists(phrase: Phrase, things: tuple[Thing, ...], found: Agreement) -> None
 def _short(
     asked: list[Token], said: list[Token], things: tuple[Thing, ...], found: Agreement, *, how_many: bool
 ) -> None:
-    """An answer of a word or two takes its subject from the question."""
+    """An answer of a word or two takes its subject from the question, which the grammar understands whole."""
     values = [token for token in said if token.kind in ("label", "group", "colour", "place", "number")]
     if len(values) != 1:
         return
@@ -148,7 +151,7 @@ def _short(
             colour = next((token.value for token in asked if token.kind == "colour"), None)
             found.note("count", _count(names[0], colour, things) == number)
         return
-    if not is_understood(asked) or values[0].kind in ("number", "group"):
+    if values[0].kind in ("number", "group"):
         return
     subjects = read_phrases([token for token in asked if not (token.kind == "other" and token.value == "color")])
     if len(subjects) > 1 or any(getattr(subject, values[0].kind) for subject in subjects):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 from vlit.synth.quality.annotations import Annotations, Thing
@@ -18,9 +19,14 @@ from vlit.synth.quality.words import (
     DETERMINERS,
     POSITIONS,
     PREPOSITIONS,
+    REASONING,
+    RELATIONS,
+    STOP,
+    TOKEN,
+    VERBS,
     lemma,
     number_of,
-    tokens,
+    word_set,
 )  # fmt: skip
 
 CLAUSE = re.compile(r"[.!;?\n]+(?=\s|$)|,?\s+so\s+(?=yes|no|the)|\n")
@@ -28,6 +34,15 @@ _SEEN = frozenset(
     ("see", "picture", "scene", "total", "visible", "there", "it", "you", "do", "how", "many", "count", "number", "of",
      "which", "what", "where", "who", "name", "color", "place", "paint")
 )  # fmt: skip
+
+
+_MARK = re.compile(r"[^\w\s]")
+_BEFORE_VERBS = word_set("to they you we i who not can could may might must shall should will would")
+_ACTS = word_set(
+    """appear appears belongs covers faces flies grazes jumps lay lays lean leans lie lies looks occupies passes remain remains
+    rest rests seems sleep sleeps stays takes touches waits watches alone asleep away nearby present together visible"""
+)
+"""Words that may follow a thing and are no noun, beside the verbs of ``words.VERBS``."""
 
 
 class Token(NamedTuple):
@@ -70,22 +85,70 @@ class Phrase:
 
 
 def read_tokens(text: str, known: Annotations) -> list[Token]:
-    """Typed tokens of a clause; names of several words are one token."""
-    words = tokens(text)
+    """Typed tokens of a clause; names of several words are one token.
+
+    A name that is a colour here ("an orange cat"), a verb ("to book a room") or the first part of a longer noun ("a train
+    station") is no name.
+    """
+    text = text.lower()
+    matches = list(TOKEN.finditer(text))
+    words = [match.group() for match in matches]
     bases = [lemma(word) for word in words]
+    ends = [bool(_MARK.search(text, a.end(), b.start())) for a, b in pairwise(matches)] + [True] * bool(matches)
     found: list[Token] = []
     at = 0
     while at < len(words):
-        for size in range(min(known.longest, len(words) - at), 0, -1):
-            name = known.names.get(tuple(bases[at : at + size]))
-            if name is not None:
-                found.append(Token(name[0], name[1], words[at + size - 1] != bases[at + size - 1]))
-                at += size
-                break
-        else:
+        size = _name_at(bases, at, known)
+        if not size:
             found.append(_token(words[at]))
             at += 1
+            continue
+        kind, name = known.names[tuple(bases[at : at + size])]
+        last = at + size - 1
+        token = Token(kind, name, words[last] != bases[last])
+        if number_of(name) is None:
+            if size == 1 and words[at] in COLOURS:
+                token = _colour_or_name(token, words, bases, ends, at, known)
+            elif not token.plural and (
+                (not ends[last] and _is_noun(words, bases, last + 1, known))
+                or (size == 1 and at > 0 and words[at - 1] in _BEFORE_VERBS)
+            ):
+                token = Token("other", words[last])
+        found.append(token)
+        at += size
     return found
+
+
+def _name_at(bases: list[str], at: int, known: Annotations) -> int:
+    """Words of the longest name that begins here; 0 without one."""
+    sizes = range(min(known.longest, len(bases) - at), 0, -1)
+    return next((size for size in sizes if tuple(bases[at : at + size]) in known.names), 0)
+
+
+def _is_noun(words: list[str], bases: list[str], at: int, known: Annotations) -> bool:
+    """Whether a word goes on with the noun before it: a name, or none of the words known to be something else."""
+    word = words[at]
+    if number_of(word) is not None:
+        return False
+    if _name_at(bases, at, known) and word not in COLOURS:
+        return True
+    other = word in STOP or word in COLOURS or word in POSITIONS or word in RELATIONS or word in REASONING
+    return not (other or bases[at] in VERBS or word in _ACTS or word.endswith(("ing", "ed", "ly")) or "'" in word)
+
+
+def _colour_or_name(
+    token: Token, words: list[str], bases: list[str], ends: list[bool], at: int, known: Annotations
+) -> Token:
+    """What a name that is a colour too means here: the colour of a name behind it, of something unknown, or itself."""
+    last = at
+    while not ends[last] and (
+        words[last + 1] in COLOURS
+        or (words[last + 1] == "and" and not ends[last + 1] and words[last + 2] in COLOURS and not token.plural)
+    ):
+        last += 1
+    if token.plural or ends[last] or not _is_noun(words, bases, last + 1, known):
+        return token
+    return _token(words[at]) if _name_at(bases, last + 1, known) else Token("other", words[at])
 
 
 @lru_cache(maxsize=1 << 15)
