@@ -33,8 +33,8 @@ class Hook:
     """``gradient``, ``projector`` or ``pixels`` of rank 1 become NaN in the spoilt steps; ``skip``: all ranks discard them."""
     steps: tuple[int, ...] = ()
     """The spoilt steps."""
-    other_weights: bool = False
-    """Rank 1 loads other weights of the language model, as from an older copy of its folder."""
+    other_weights: str = ""
+    """``llm`` or ``connector``: rank 1 loads other weights of it, as from an older copy of its folder."""
     no_disk_after: int = 0
     """Rank 1 cannot write anything to the disk from this step on, not even a note."""
 
@@ -68,7 +68,7 @@ def installed(hook: Hook) -> Iterator[None]:
         tuned = real_load(*words)
         if torch.distributed.get_rank() == 1:
             with torch.no_grad():
-                next(tuned.model.llm.hf.parameters()).add_(1e-3)
+                next(getattr(tuned.model, hook.other_weights).parameters()).add_(1e-3)
         return tuned
 
     stage.train_step = step

@@ -28,11 +28,15 @@ def test_other_weights_on_a_rank_end_the_run_and_dealt_answers_are_those_of_one_
                            "max_records": 8, "sample_generations": 3, "max_new_tokens": 6})  # fmt: skip
     words = ("stages.instruct=null", "stages.align.max_steps=2", f"stages.align.validation={held_out}")
     shared = Case(tmp_path / "shared", (*words, "runtime.strategy=ddp"))
-    other = Case(tmp_path / "other", shared.overrides, may_fail=True, hook=Hook(other_weights=True))
-    done = run_cases(2, [other, shared], tiny_dir, tmp_path, timeout_s=180)
+    others = {
+        part: Case(tmp_path / part, shared.overrides, may_fail=True, hook=Hook(other_weights=module))
+        for part, module in (("embeddings", "llm"), ("connector", "connector"))
+    }
+    done = run_cases(2, [*others.values(), shared], tiny_dir, tmp_path, timeout_s=180)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert done.stdout.count("TrainingError: embeddings: rank 1 read other weights than rank 0 (fingerprints ") == 2
-    assert not (other.output / "metrics.jsonl").exists()
+    for part, case in others.items():
+        assert done.stdout.count(f"TrainingError: {part}: rank 1 read other weights than rank 0 (fingerprints ") == 2
+        assert not (case.output / "metrics.jsonl").exists()
     run_training(tiny_run(tiny_dir, tmp_path / "alone", *words))
     assert len(answers_of(shared.output)) == 6
     assert answers_of(shared.output) == answers_of(tmp_path / "alone")

@@ -60,7 +60,8 @@ def save_model(
     Args:
         model: its structure; the values come from ``weights``, since a sharded model holds only a share of them.
         weights: every weight by its ``state_dict`` name.
-        unchanged: fingerprints of the parts that still are their base (:func:`fingerprints`).
+        unchanged: fingerprints of the parts as they were loaded (:func:`fingerprints`). The manifest takes those that still
+            are their base; the connector's file is hashed as a file.
         changed: parts trained in full since the base weights were loaded.
         lora: adapter settings of the parts that carry adapters.
         data_rules: template, image policy and length the model was trained with (a ``DataConfig`` dump).
@@ -87,7 +88,7 @@ def save_model(
             "spec": asdict(model.spec),
             "changed": sorted(changed),
             "lora": {part: tuning.model_dump(mode="json") for part, tuning in lora.items()},
-            "unchanged": {part: digest for part, digest in unchanged.items() if part not in changed},
+            "unchanged": {p: digest for p, digest in unchanged.items() if p not in changed | {"connector"}},
             "info": info,
             "files": {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()},
         }
@@ -243,10 +244,10 @@ def _with_absolute_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprints(model: VisionLanguageModel) -> dict[str, str]:
-    """Part -> fingerprint of its base weights, adapters left out; the connector has no base."""
+    """Part -> fingerprint of its weights, adapters left out: after loading, those of its base or of a connector's file."""
     groups: dict[str, dict[str, Tensor | Original]] = {}
     for name, part in part_of_parameters(model).items():
-        if part != "connector" and LORA_MARK not in name:
+        if LORA_MARK not in name:
             groups.setdefault(part, {})[name.replace(".base_layer", "")] = original_of(model, name)
     return {part: fingerprint(tensors) for part, tensors in groups.items()}
 

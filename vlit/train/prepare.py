@@ -31,7 +31,7 @@ class Tuned:
     model: VisionLanguageModel
     changed: set[str]
     lora: dict[str, PartTuning]
-    unchanged: dict[str, str] = field(default_factory=dict)  # fingerprint of every part's base
+    unchanged: dict[str, str] = field(default_factory=dict)  # fingerprint of every part as loaded, before training
     rows: list[PartRow] = field(default_factory=list)
     flops: UsefulFlops = None  # type: ignore[assignment]  # filled by model_of_stage
 
