@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,13 @@ class Request:
 
     turns: tuple[Turn, ...]
     images: tuple[Path, ...] = ()
+
+
+class Completion(NamedTuple):
+    """An answer; ``is_cut``: it has ``max_new_tokens`` and its end is not among them."""
+
+    text: str
+    is_cut: bool
 
 
 def ask(question: str, images: Sequence[str | Path] = ()) -> Request:
@@ -71,10 +78,25 @@ class Answerer:
         streamer: Any = None,
     ) -> list[str]:
         """Answers in the order of the requests."""
+        made = self.completions(
+            requests, batch_size=batch_size, temperature=temperature, top_p=top_p, streamer=streamer
+        )
+        return [completion.text for completion in made]
+
+    def completions(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        streamer: Any = None,
+    ) -> list[Completion]:
+        """Answers in the order of the requests, and whether each came to its end."""
         prompts = [self.prompt(request) for request in requests]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
         stop = self.tokenizer.stop_sequences()
-        found: dict[int, str] = {}
+        found: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             ids = generate_ids(
@@ -87,5 +109,5 @@ class Answerer:
                 streamer=streamer,
             )
             for i, row in zip(members, ids, strict=True):
-                found[i] = self.tokenizer.decode(row).strip()
+                found[i] = Completion(self.tokenizer.decode(row).strip(), is_cut=len(row) >= self.max_new_tokens)
         return [found[i] for i in range(len(requests))]

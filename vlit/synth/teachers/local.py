@@ -32,8 +32,9 @@ class LocalConfig(ComponentConfig):
     """Of the draws after the first."""
     device: str = "auto"
     """`auto`: a GPU where there is one."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 512
-    """Bound of every answer, beside the prompt's own."""
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Bound of every answer, beside the recipe's own; null: the recipe's alone. An answer that reaches its bound is rejected as
+    `cut`."""
 
     def build(self, **kwargs: Any) -> LocalTeacher:
         """The teacher; weights are loaded at its first question."""
@@ -76,8 +77,9 @@ class LocalTeacher(Teacher):
                 self._loaded = self._load(self._sees)
             torch.manual_seed(int(self.key(ask)[:15], 16))
             temperature = self.config.temperature if ask.sample else 0.0
-            text = self._loaded(ask, temperature, min(ask.max_tokens, self.config.max_new_tokens))
-        return json.dumps({"text": text})
+            most = min(ask.max_tokens, self.config.max_new_tokens or ask.max_tokens)
+            text, is_cut = self._loaded(ask, temperature, most)
+        return json.dumps({"text": text, "cut": is_cut})
 
     def ready(self, ask: Ask) -> Callable[[], str]:
         for path in (image for message in ask.messages for image in message.images):
@@ -86,7 +88,8 @@ class LocalTeacher(Teacher):
 
     def read(self, body: str) -> Reply:
         try:
-            return Reply(json.loads(body)["text"])
+            held = json.loads(body)
+            return Reply(held["text"], cut=held["cut"])
         except (ValueError, KeyError, TypeError) as error:
             raise BrokenReply(str(error)) from error
 
@@ -109,16 +112,16 @@ def _vlit(config: LocalConfig, device: str) -> Any:
     folder = Path(config.model)
     model, manifest = load_model(folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     model.to(device).eval()
-    answerer = Answerer(model, data_rules(folder, manifest), max_new_tokens=config.max_new_tokens)
+    answerer = Answerer(model, data_rules(folder, manifest))
 
-    def answer(ask: Ask, temperature: float, max_tokens: int) -> str:
+    def answer(ask: Ask, temperature: float, max_tokens: int) -> tuple[str, bool]:
         answerer.max_new_tokens = max_tokens
         turns = tuple(
             Turn(m.role, f"{IMAGE_PLACEHOLDER}\n" * len(m.images) + m.text.replace(IMAGE_PLACEHOLDER, ""))
             for m in ask.messages
         )
         images = tuple(Path(i) for m in ask.messages for i in m.images)
-        return answerer.answers([Request(turns, images)], temperature=temperature)[0]
+        return answerer.completions([Request(turns, images)], temperature=temperature)[0]
 
     return answer
 
@@ -133,7 +136,10 @@ def _transformers(config: LocalConfig, device: str, *, with_pictures: bool) -> A
     model: Any = kind.from_pretrained(config.model, dtype=dtype)
     model.to(device).eval()
 
-    def answer(ask: Ask, temperature: float, max_tokens: int) -> str:
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+
+    def answer(ask: Ask, temperature: float, max_tokens: int) -> tuple[str, bool]:
         chat: list[dict[str, Any]] = [{"role": m.role, "content": m.text} for m in ask.messages]
         if with_pictures:
             for row, message in zip(chat, ask.messages, strict=True):
@@ -147,6 +153,8 @@ def _transformers(config: LocalConfig, device: str, *, with_pictures: bool) -> A
         )
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=max_tokens, **sampling)
-        return str(reader.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        new = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        is_cut = len(new) >= max_tokens and not ends.intersection(new)
+        return str(reader.decode(new, skip_special_tokens=True)).strip(), is_cut
 
     return answer
