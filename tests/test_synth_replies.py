@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import pytest
 
 from tests.spoilt_pictures import png
 from tests.teacher_server import Server, running
+from vlit.synth.engine.calls import CallLog
+from vlit.synth.engine.client import Client, Unanswered
 from vlit.synth.engine.parse import Rejected, read_pairs
 from vlit.synth.engine.pipeline import run
 from vlit.synth.engine.report import Report
 from vlit.synth.engine.settings import read_settings
-from vlit.synth.engine.teacher import Reply
-from vlit.synth.teachers.openai import retry_after
+from vlit.synth.engine.teacher import Ask, Message, Reply
+from vlit.synth.teachers.openai import OpenAIConfig, retry_after
 
 WORDS = "A wide blue field lies beside a long road."
 CAP = 1.0
@@ -129,3 +133,25 @@ def test_json_that_is_no_list_of_pairs_is_rejected(text: str) -> None:
 def test_half_a_surrogate_pair_within_json_can_be_stored() -> None:
     (pair,) = read_pairs(Reply('[{"question": "a\\ud83d?", "answer": "\\ud83d\\ude00 b"}]'))
     assert (pair.question, pair.answer) == ("a\ufffd?", "\U0001f600 b")
+
+
+def test_requests_that_were_told_to_wait_an_hour_are_given_up_when_the_run_stops(tmp_path: Path) -> None:
+    """As after ctrl-c, a refused key, or an exhausted budget."""
+    with running() as server:
+        server.fixed = (429, b"{}", {"Retry-After": "3600"})
+        log = CallLog(tmp_path / "calls.jsonl")
+        teacher = OpenAIConfig(base_url=server.url, model="m", backoff_s=0.01, concurrency=2, usd_per_million_out=1)
+        asking = Client(teacher.build(), log)
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(asking.ask, Ask("talk", (Message("user", str(n)),), 50)) for n in range(3)]
+            while log.totals.failures < 1:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            asking.stopped.set()
+            started = time.monotonic()
+            for future in waiting:
+                assert isinstance(future.exception(timeout=5), Unanswered)
+        assert time.monotonic() - started < 2
+        assert server.accounts.most_at_once <= 2
+        assert log.totals.committed == 0
+        log.close()

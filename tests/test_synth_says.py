@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.spoilt_pictures import bare_pictures
+from tests.teacher_server import running
 from vlit.cli import main
 from vlit.synth.engine.prompts import FOLDER, read_prompt
 
+ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ("--teacher", "openai", "teacher.base_url=http://127.0.0.1:9/v1", "teacher.model=m", "teacher.retries=0")
 
 
@@ -167,3 +174,38 @@ def test_an_address_or_a_place_that_cannot_be_is_one_line(
     assert error.startswith(f"error: {said.format(**names)}")
     assert error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_that_an_endpoint_told_to_wait_an_hour_ends_at_once_by_ctrl_c(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with running() as server:
+        server.fixed = (429, b'{"error": {"message": "slow"}}', {"Retry-After": "3600"})
+        teacher = ["--teacher", "openai", f"teacher.base_url={server.url}", "teacher.model=m", "teacher.concurrency=2"]
+        words = [
+            "synth",
+            "run",
+            "--recipe",
+            "minigpt4",
+            "--images",
+            str(pictures),
+            "--out",
+            str(out),
+            *teacher,
+            "--yes",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "vlit.cli", *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        while server.accounts.requests < 1 and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        started = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        try:
+            _, said = child.communicate(timeout=20)
+        finally:
+            child.kill()
+    assert time.monotonic() - started < 10
+    assert child.returncode == 130, said[-2000:]
+    assert json.loads((out / "report.json").read_text())["records"] is None

@@ -47,6 +47,7 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
+        """``sleep`` waits so many seconds; where it returns something true, nobody waits any more."""
         self._per_request = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._per_token = 60.0 / tokens_per_minute if tokens_per_minute else 0.0
         self._clock, self._sleep = clock, sleep
@@ -54,16 +55,15 @@ class Pace:
         self._next = self._hold = -float("inf")
 
     def wait(self, tokens: int) -> None:
-        """Return when a request of ``tokens`` may leave."""
+        """Return when a request of ``tokens`` may leave, or when ``sleep`` says that none will."""
         with self._lock:
             start = max(self._clock(), self._next)
             self._next = start + max(self._per_request, tokens * self._per_token)
         while True:
             with self._lock:
                 left = max(start, self._hold) - self._clock()
-            if left <= 0:
+            if left <= 0 or self._sleep(left):
                 return
-            self._sleep(min(left, 0.5))
 
     def hold(self, seconds: float) -> None:
         """Let nothing leave for ``seconds``."""
@@ -77,13 +77,13 @@ class Client:
     def __init__(self, teacher: Teacher, log: CallLog, *, seed: int = 0) -> None:
         self.teacher, self.log = teacher, log
         limits = teacher.limits
-        self._pace = Pace(limits.requests_per_minute, limits.tokens_per_minute)
+        self.stopped = threading.Event()
+        """Set to let no further request leave; those in flight are stored."""
+        self._pace = Pace(limits.requests_per_minute, limits.tokens_per_minute, sleep=self.stopped.wait)
         self._slots = threading.Semaphore(limits.concurrency)
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._flying: dict[str, threading.Event] = {}
-        self.stopped = threading.Event()
-        """Set to let no further request leave; those in flight are stored."""
 
     def ask(self, ask: Ask) -> Reply:
         """The reply to a request, stored or fresh.
