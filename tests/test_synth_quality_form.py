@@ -103,7 +103,7 @@ def test_different_questions_about_a_picture_are_kept_and_repeated_ones_are_not(
 @pytest.mark.parametrize(
     ("second", "duplicate"),
     [
-        ("Is there a dog on the left side of the large white building near the water? Answer yes or no.", True),
+        ("Is there a dog on the left side of the large white building near the water? Answer with a sentence.", False),
         ("Is there any dog visible on the left side of the large white building near the water?", True),
         ("Do you see a dog on the left side of the large white building near the water in the picture?", True),
         ("Is there a cat on the left side of the large white building near the water?", False),
@@ -115,3 +115,16 @@ def test_questions_that_differ_in_what_they_are_about_are_two(second: str, dupli
     first = "Is there a dog on the left side of the large white building near the water?"
     write_records(tmp_path / "d.jsonl", [ask("a", first, "Yes."), ask("b", second, "Yes.")])
     assert (measure(tmp_path / "d.jsonl").earlier[1] == 0) is np.bool_(duplicate)
+
+
+def test_one_form_asked_for_in_other_words_is_one_form(tmp_path: Path) -> None:
+    question = "What stands on the left side of the large white building near the water?"
+    short, long = read_list("format/short")[0], read_list("format/long")[0]
+    asked = [f"{question}\n{wording}" for wording in (*short, *long)]
+    write_records(tmp_path / "d.jsonl", [ask(str(n), text, "A dog.") for n, text in enumerate(asked)])
+    assert measure(tmp_path / "d.jsonl").earlier.tolist() == [
+        -1,
+        *[0] * (len(short) - 1),
+        -1,
+        *[len(short)] * (len(long) - 1),
+    ]

@@ -1,8 +1,9 @@
 """Sentences of a question that ask for a form of answer: "Answer the question using a single word or phrase."
 
-They stand behind every question of a dataset and say nothing about a picture, so they count neither when records are compared
-nor as text of an evaluation set. Such a sentence consists of a closed set of words; the readers of formats, the recipes and the
-embedded world use no others (a test holds them to it). What another dataset asks with other words stays content.
+They stand behind every question of a dataset and say nothing about a picture, so their words count neither when records are
+compared nor as text of an evaluation set; which form is wanted does, a word and a sentence being two answers. Such a sentence
+consists of a closed set of words; the readers of formats, the recipes and the embedded world use no others (a test holds them
+to it). What another dataset asks with other words stays content.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ _WHOLE = frozenset(
     {"is this right", "is this true", "is this correct", "which option is right", "which option is correct"}
 )
 _SENTENCE = re.compile(r"[^.?!\n]*[.?!]*\n?")
+
+
+_KINDS = (
+    ("letter", word_set("letter letters option options option's choice choices")),
+    ("judgement", word_set("yes verdict true correct right")),
+    ("short", word_set("word words phrase phrases short brief briefly")),
+)
+
+
+def forms_of(question: str) -> set[str]:
+    """Forms of answer that a question asks for: letter, judgement, short, long."""
+    asked = [TOKEN.findall(part.lower()) for part in _SENTENCE.findall(question) if asks_for_form(part)]
+    return {next((kind for kind, known in _KINDS if not known.isdisjoint(words)), "long") for words in asked}
 
 
 def without_form(question: str) -> str:

@@ -3,7 +3,8 @@ banding).
 
 MinHash: Broder 1997; banding: Leskovec et al., Mining of Massive Datasets §3.4. A pair that shares a band is compared by
 the exact Jaccard similarity of its word sets, so the sketch decides which pairs are looked at, never the result. A word with
-the mark ``ASKED`` is what a question is about: two sets that each have one the other lacks are two questions, however alike.
+the mark ``ASKED`` is what a question is about: two sets that each have one the other lacks are two questions, however alike. So
+are two of which one asks for a ``FORM`` of answer that the other does not.
 HyperLogLog: Flajolet et al. 2007, with linear counting below 2.5 registers.
 
 Shape letters: N sets, P permutations, B bands.
@@ -19,8 +20,10 @@ import xxhash
 PERMUTATIONS, BANDS = 64, 32
 NEIGHBOURS = 8
 """Members of a band's bucket that each member is compared with, beside its first: bounds the work on huge buckets."""
-ASKED = np.uint64(1 << 63)
-"""Mark on the hash of a word; the other 63 bits are the word."""
+ASKED, FORM = np.uint64(1 << 63), np.uint64(1 << 62)
+"""Marks on the hash of a word: what a question is about; the form of answer it asks for."""
+WORD = np.uint64((1 << 62) - 1)
+"""Bits of the word itself."""
 _PRECISION = 14
 _PAIRS_AT_ONCE = 50_000
 _RNG = np.random.default_rng(1997)
@@ -156,13 +159,16 @@ def jaccard(values: np.ndarray, starts: np.ndarray, pairs: np.ndarray) -> np.nda
 
 
 def ask_apart(values: np.ndarray, starts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """bool [pairs]: each of the two has a marked member that the other lacks."""
+    """bool [pairs]: each of the two is about something that the other lacks, or one asks for another form of answer."""
     out = np.zeros(len(pairs), bool)
     for low in range(0, len(pairs), _PAIRS_AT_ONCE):
         part = pairs[low : low + _PAIRS_AT_ONCE]
         held, side = _members(values, starts, part)
-        own = side[~_shared(held, side) & (held >= ASKED)]
-        out[low : low + len(part)] = np.bincount(own, minlength=2 * len(part)).reshape(-1, 2).all(axis=1)
+        own = ~_shared(held, side)
+        about, form = (
+            np.bincount(side[own & (held & mark > 0)], minlength=2 * len(part)).reshape(-1, 2) for mark in (ASKED, FORM)
+        )
+        out[low : low + len(part)] = about.all(axis=1) | form.any(axis=1)
     return out
 
 
@@ -172,13 +178,13 @@ def _members(values: np.ndarray, starts: np.ndarray, part: np.ndarray) -> tuple[
     side = np.repeat(np.arange(len(rows)), lengths[rows])
     within = np.arange(len(side)) - np.repeat(np.cumsum(lengths[rows]) - lengths[rows], lengths[rows])
     held = values[np.repeat(starts[rows], lengths[rows]) + within]
-    order = np.lexsort((held & ~ASKED, side // 2))
+    order = np.lexsort((held & WORD, side // 2))
     return held[order], side[order]
 
 
 def _shared(held: np.ndarray, side: np.ndarray) -> np.ndarray:
     """bool [members]: the other set of the pair has the word too."""
-    word, pair = held & ~ASKED, side // 2
+    word, pair = held & WORD, side // 2
     same = (word[1:] == word[:-1]) & (pair[1:] == pair[:-1])
     return np.r_[False, same][: len(held)] | np.r_[same, False][: len(held)]
 

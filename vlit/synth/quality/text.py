@@ -19,9 +19,9 @@ from vlit.data.record import KEYS, Record, from_json
 from vlit.errors import DataError
 from vlit.synth.quality.annotations import Annotations, region_names
 from vlit.synth.quality.correctness import CHECKS, agreement_of, asked_of, leaks, yes_or_no
-from vlit.synth.quality.form import without_form
+from vlit.synth.quality.form import forms_of, without_form
 from vlit.synth.quality.ngrams import Said, distinct_ngrams, known_sequences, word_hashes
-from vlit.synth.quality.sketches import ASKED, band_keys, hash_text
+from vlit.synth.quality.sketches import ASKED, FORM, WORD, band_keys, hash_text
 from vlit.synth.quality.words import (
     COLOURS,
     POSITIONS,
@@ -53,7 +53,7 @@ class Chunk:
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint64))
     sets: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     """Hashed content words of each record, one record after another; ``lengths`` of them each. ``ASKED`` marks what a single
-    question is about."""
+    question is about, ``FORM`` what form of answer is asked for."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     templates: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     answers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
@@ -159,7 +159,7 @@ def measure_chunk(raws: list[tuple[int, bytes]], context: Context) -> Chunk:
     chunk.lengths = np.array([len(bag) for bag in sets], np.int64)
     chunk.sets = np.concatenate(sets) if sets else chunk.sets
     if sets:
-        chunk.keys = band_keys(chunk.sets & ~ASKED, np.r_[0, np.cumsum(chunk.lengths)])
+        chunk.keys = band_keys(chunk.sets & WORD, np.r_[0, np.cumsum(chunk.lengths)])
     return chunk
 
 
@@ -207,17 +207,20 @@ def _without_form(turn: Turn) -> str:
 
 
 def _bag(record: Record, shown: list[str]) -> np.ndarray:
-    """Sorted hashes of the content words of a record of these pictures.
+    """Hashes of the content words of a record of these pictures; with the mark ``FORM``, of the forms of answer it asks for.
 
     Of a record with one question, the things, colours, numbers and names of the question bear the mark ``ASKED``.
     """
     words = sorted({word for turn in record.turns for word in meaning(tokens(_without_form(turn)))}) or ["(nothing)"]
-    hashes = (word_hashes(words) ^ np.uint64(hash_text("|".join(shown)))) & ~ASKED
     questions = [turn.text for turn in record.turns if turn.role == "user"]
+    forms = sorted({form for question in questions for form in forms_of(question)})
+    hashes = word_hashes(words)
+    marks = np.zeros(len(hashes), np.uint64)
     if len(questions) == 1:
         about = subjects(tokens(asked_of(questions[0])))
-        hashes[[word in about for word in words[: len(hashes)]]] |= ASKED
-    return hashes
+        marks[[word in about for word in words[: len(hashes)]]] = ASKED
+    hashes = np.r_[hashes, word_hashes([f"(form) {form}" for form in forms])]
+    return (hashes ^ np.uint64(hash_text("|".join(shown)))) & WORD | np.r_[marks, np.full(len(forms), FORM)]
 
 
 def _agreement(record: Record, chunk: Chunk, context: Context) -> dict[str, float]:
