@@ -178,6 +178,12 @@ def test_regions_stand_in_for_annotations_where_they_are_complete(tmp_path: Path
         ("Is it day or night?", "Night.", False),
         ("Which?\nA. dog\nB. cat", "A", False),
         ("Which animal is it?\nA. dog\nB. cat\n", "dog", False),
+        ("Where is the book?", "On the book.", True),
+        ("The cup is behind the plate. Where is the cup?", "The cup is behind the plate.", True),
+        ("Where is the cup relative to the plate?", "The cup is behind the plate.", False),
+        ("What is the relation of man and horse?", "The man is on the horse.", False),
+        ("In what direction is the car facing?", "The car is facing left.", False),
+        ("How many people are there?", "There are many people.", False),
     ],
 )
 def test_leaks_are_answers_that_stand_in_their_question(question: str, answer: str, leaking: bool) -> None:

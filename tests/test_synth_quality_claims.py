@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from vlit.data.record import Record
+from vlit.synth.engine.embedded import DOMAINS, converse, domain_pair
+from vlit.synth.engine.views import Thing as Seen
+from vlit.synth.engine.views import View
 from vlit.synth.quality.annotations import Annotations, Thing
-from vlit.synth.quality.correctness import Agreement, agreement_of
+from vlit.synth.quality.correctness import Agreement, agreement_of, leaks
 from vlit.types import Turn
 
 SCENE = (
@@ -94,3 +99,29 @@ def test_most_true_sentences_still_make_a_claim() -> None:
 @pytest.mark.parametrize("answer", FALSE)
 def test_an_assertion_of_what_is_absent_is_wrong(answer: str) -> None:
     assert agreement("What is in the picture?", answer).wrong["exists"] == 1
+
+
+def scene(rng: Random) -> View:
+    names = rng.sample([label for label in LABELS if label != "orange"], 4)
+    things = []
+    for name in names:
+        x, y = rng.uniform(0, 0.7), rng.uniform(0, 0.7)
+        colour = {"color": rng.choice(("red", "green", "blue"))} if rng.random() < 0.5 else {}
+        things.append(Seen(name, (x, y, x + rng.uniform(0.05, 0.3), y + rng.uniform(0.05, 0.3)), colour))
+    return View("x", "p.jpg", (), tuple(things))
+
+
+def test_true_answers_of_the_embedded_teacher_never_leak() -> None:
+    rng = Random(0)
+    looked: set[str] = set()
+    for _ in range(150):
+        view = scene(rng)
+        for domain in DOMAINS:
+            for kind in ("short", "long"):
+                pair = domain_pair(view, domain, kind, rng)
+                if pair is not None:
+                    looked.add(domain)
+                    assert not leaks(pair.question, pair.answer), pair
+        for pair in converse(view, rng):
+            assert not leaks(pair.question, pair.answer), pair
+    assert looked == set(DOMAINS)

@@ -16,13 +16,14 @@ from vlit.synth.quality.annotations import Annotations, Thing
 from vlit.synth.quality.asserted import asserted
 from vlit.synth.quality.form import without_form
 from vlit.synth.quality.phrases import CLAUSE, Phrase, Token, is_understood, read_counts, read_phrases, read_tokens
-from vlit.synth.quality.words import STOP, lemma, number_of, tokens
+from vlit.synth.quality.words import QUANTITIES, RELATIONS, content, lemma, meaning, number_of, tokens
 
 MIN_IOU = 0.5
 CHECKS = ("exists", "count", "colour", "place", "box", "yes_no")
 _BOX = re.compile(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*\]")
 _SUM = re.compile(r"=\s*\d+")
 _OPTION = re.compile(r"\n\s*\(?[A-H][.)]\s")
+_HOW_MANY = re.compile(r"\bhow (?:many|much)\b", re.IGNORECASE)
 _ASKS = re.compile(r"^(is|are|do|does|did|can|could|was|were|has|have|will|would)\b", re.IGNORECASE)
 
 
@@ -211,12 +212,16 @@ def _compare_boxes(question: str, answer: str, things: tuple[Thing, ...], known:
 def leaks(question: str, answer: str) -> bool:
     """Whether every word of meaning in the answer stands in the question already.
 
-    Judgements, questions with options and "this or that" questions name their answer by design and are left out.
+    Directions and quantities are such words, and so is how two things of the answer stand to each other ("The man is on the
+    horse."). Judgements, questions with options and "this or that" questions name their answer by design and are left out.
     """
     if _OPTION.search(question) or _ASKS.match(question.replace("<image>", "").strip()) or yes_or_no(answer):
         return False
-    asked = {lemma(word) for word in tokens(question.replace("<image>", " "))}
+    asked = {lemma(word) for word in tokens(_HOW_MANY.sub("how", question.replace("<image>", " ")))}
     if "or" in asked:
         return False
-    said = {lemma(word) for word in tokens(answer) if word not in STOP}
+    words = tokens(answer)
+    said = set(meaning(words)) | {lemma(word) for word in words if word in QUANTITIES}
+    if len(set(content(words))) > 1:
+        said |= {lemma(word) for word in words if word in RELATIONS}
     return bool(said) and said <= asked

@@ -54,6 +54,10 @@ DIRECTIONS = word_set(
     backward backwards towards away north south east west"""
 )
 """Words of place that tell one answer from another by themselves, whatever they are called in a grammar."""
+QUANTITIES = word_set(
+    "some any all each every no none many much more most less few fewer least several both half only one"
+)
+"""How many or how much, where a question asks for it."""
 GENERIC = word_set("picture scene view shot photography detail thing visible something anything")
 """Nouns that every question may hold."""
 STOP = DETERMINERS | AUXILIARIES | PREPOSITIONS | _WH | _OTHER - {"yes", "no", "not", "color", "colour", "number"}
