@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data_fixtures import CHAT_ENDS, make_spec
+from tests.chat_templates import build_qwen3
+from tests.data_fixtures import CHAT_ENDS, QWEN_CHAT, make_spec
 from tests.data_fixtures import tokenizer_dir as tokenizer_dir
 from vlit.config.schema import DataConfig
 from vlit.data.tokenize import SampleTokenizer
+from vlit.errors import ConfigError
 from vlit.registry import TEMPLATES
 from vlit.types import IGNORE_INDEX, Sample, TokenizedSample, Turn
 
@@ -175,6 +178,28 @@ def test_own_chat_template_gives_the_ids_of_apply_chat_template(
     assert tokenizer.prompt(turns[:1]).input_ids.tolist() == transformers_ids(turns[:1], prompt=True)
     if tokenizer_name in ("spm", "tekken", "chatml"):  # the other two pre-tokenize line breaks by what follows them
         assert tokenizer.tokenize(sample_of(turns)).input_ids.tolist() == transformers_ids(turns, prompt=False)
+
+
+def test_an_empty_system_text_leaves_the_chat_templates_own_out(
+    tokenizer_dir: Callable[[str], str], tmp_path: Path
+) -> None:
+    turns = [Turn("user", "What is it?"), Turn("assistant", "A cat")]
+
+    def written(path: str, **template: str) -> str:
+        data = DataConfig.model_validate({"template": {"type": "tokenizer", **template}})
+        return "".join(view.text for view in SampleTokenizer(make_spec(path), data).explain(sample_of(turns)))
+
+    default = "You are a helpful assistant."
+    assert default in written(tokenizer_dir("chatml"))
+    rest = "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA cat<|im_end|>\n"
+    assert written(tokenizer_dir("chatml"), system="") == "<|im_start|>system\n<|im_end|>\n" + rest
+    for name in ("spm", "tekken", "gpt", "llama3"):  # these write no system text of their own
+        assert written(tokenizer_dir(name), system="") == written(tokenizer_dir(name))
+    given = "messages[0]['role'] == 'system' and messages[0]['content']"
+    always = QWEN_CHAT.replace("messages[0]['role'] != 'system'", f"not ({given})")
+    build_qwen3(tmp_path / "always", always.replace("for m in messages", "for m in messages if m['content']"))
+    with pytest.raises(ConfigError, match=r'data.template.system: "".*You are a helpful assistant'):
+        written(str(tmp_path / "always"), system="")
 
 
 def test_a_word_level_vocabulary_never_yields_a_special_token_from_text(tokenizer_dir: Callable[[str], str]):

@@ -26,7 +26,12 @@ _EDGE = "\u2003"  # a space no template writes itself: where it is gone, the tem
 
 
 _Shape = tuple[Role, Frame | None]
-"""What the layout of a turn depends on: its role, and its frame if it is an answer with reasoning."""
+"""What the layout of a turn depends on: its role, and its frame if it is an answer with reasoning. A turn with an empty
+frame is empty and has no slot."""
+_SYSTEM: _Shape = ("system", None)
+_EMPTY_SYSTEM: _Shape = ("system", ())
+_USER: _Shape = ("user", None)
+_ASSISTANT: _Shape = ("assistant", None)
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,13 @@ class TokenizerTemplate(TemplateConfig):
     than white space), and the last answer gets the tokenizer's end token.
 
     Texts are stripped where the template strips them. A system text is put in front of the first question when the
-    template refuses system turns. Empty ``<think>`` blocks that a template puts before the last answer are not supervised.
-    An answer's own reasoning (up to ``</think>``) is supervised where the template shows it; Qwen3's shows that of the last
-    answer. An answer to be generated follows what the template puts before one without reasoning. A record whose last
-    answer loses its reasoning is a bad record.
+    template refuses system turns. ``system: ""`` gives the template an empty system turn where it would write a system
+    text of its own; a template that writes it all the same is refused.
+
+    Empty ``<think>`` blocks that a template puts before the last answer are not supervised. An answer's own reasoning (up
+    to ``</think>``) is supervised where the template shows it; Qwen3's shows that of the last answer. An answer to be
+    generated follows what the template puts before one without reasoning. A record whose last answer loses its reasoning
+    is a bad record.
     """
 
     type: str = "tokenizer"
@@ -75,11 +83,11 @@ class TokenizerTemplate(TemplateConfig):
     def render(self, turns: Sequence[Turn], *, tokenizer: Any, generation_prompt: bool = False) -> list[Piece]:
         own, _ = split_turns(turns, generation_prompt=generation_prompt)
         turns = list(turns)
-        system = self.system if own is None else own
-        if own is None and system:
-            turns.insert(0, Turn("system", system))
-        shapes = [_shape_of(turn) for turn in turns] + [("assistant", None)] * generation_prompt
-        layout = _layout_of(tokenizer, tuple(shapes))
+        if own is None and self.system:
+            turns.insert(0, Turn("system", self.system))
+        emptied = own is None and self.system == "" and _needs_empty_system(tokenizer)
+        shapes = (_shape_of(turn) for turn in turns)
+        layout = _layout_of(tokenizer, (*[_EMPTY_SYSTEM] * emptied, *shapes, *[_ASSISTANT] * generation_prompt))
         if layout.folded:
             system_turn, question, *rest = turns
             turns = [Turn("user", f"{system_turn.text}\n\n{question.text}"), *rest]
@@ -122,8 +130,9 @@ class TokenizerTemplate(TemplateConfig):
         """The system turn given to records that have none (None: no turn), and whether system texts are put in front of
         the first question because the template refuses system turns.
         """
-        folded = _layout_of(tokenizer, (("system", None), ("user", None), ("assistant", None))).folded
-        return self.system or None, folded
+        folded = _layout_of(tokenizer, (_SYSTEM, _USER, _ASSISTANT)).folded
+        emptied = self.system == "" and _needs_empty_system(tokenizer)
+        return "" if emptied else self.system or None, folded
 
     def write_end(self, writer: PieceWriter) -> None:
         end = _end_of(writer.tokenizer)
@@ -161,10 +170,11 @@ def _render_marked(tokenizer: Any, shapes: tuple[_Shape, ...], *, folded: bool) 
             "for example chatml or v1."
         )
     roles = [role for role, _ in shapes]
-    marks = [[_MARK.format(f"{n}n{i}") for i in range(len(frame or "1"))] for n, (_, frame) in enumerate(shapes)]
+    frames = [(_EDGE,) if frame is None else frame for _, frame in shapes]
+    marks = [[_MARK.format(f"{n}n{i}") for i in range(len(frame))] for n, frame in enumerate(frames)]
     texts = [
-        "".join(literal + mark for literal, mark in zip(frame or (_EDGE,), marked, strict=True)) + _EDGE
-        for (_, frame), marked in zip(shapes, marks, strict=True)
+        "".join(literal + mark for literal, mark in zip(frame, marked, strict=True)) + _EDGE * bool(frame)
+        for frame, marked in zip(frames, marks, strict=True)
     ]
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     try:
@@ -177,6 +187,8 @@ def _render_marked(tokenizer: Any, shapes: tuple[_Shape, ...], *, folded: bool) 
         ) from error
     slots = []
     for number, (_, frame) in enumerate(shapes):
+        if not marks[number]:
+            continue
         *reasoning, last = marks[number]
         if wrong := [count for mark in reasoning if (count := rest.count(mark)) > 1] or [
             count for count in [rest.count(last)] if count != 1
@@ -217,9 +229,33 @@ def _reasoning_slot(slot: _Slot, reasoning: list[str], plain: str) -> _Slot:
 
 
 @functools.lru_cache(maxsize=16)
+def _needs_empty_system(tokenizer: Any) -> bool:
+    """Whether the template writes a system text of its own unless it is given an empty one.
+
+    Of its own is what stands before the first question without being what stands around a given system text.
+
+    Raises:
+        ConfigError: it writes one even then.
+    """
+    given = _layout_of(tokenizer, (_SYSTEM, _USER, _ASSISTANT))
+    if given.folded:
+        return False
+    head, rest = given.slots[0].before, given.slots[1].before
+    written = ""
+    for shapes in ((_USER, _ASSISTANT), (_EMPTY_SYSTEM, _USER, _ASSISTANT)):
+        written = _layout_of(tokenizer, shapes).slots[0].before
+        if any(head.startswith(written[:n]) and rest.endswith(written[n:]) for n in range(len(written) + 1)):
+            return shapes[0] == _EMPTY_SYSTEM
+    raise ConfigError(
+        f'data.template.system: "", but the chat template of {tokenizer.name_or_path} writes a system text of its own for an '
+        f"empty one, too ({written[:80]!r}). Give a system text, or choose another template, for example chatml."
+    )
+
+
+@functools.lru_cache(maxsize=16)
 def _end_of(tokenizer: Any) -> str:
     """What the template writes after a last answer, up to and including the first special token."""
-    after = _layout_of(tokenizer, (("user", None), ("assistant", None))).after
+    after = _layout_of(tokenizer, (_USER, _ASSISTANT)).after
     found = _special_pattern(tokenizer).search(after)
     return after[: found.end()] if found else after
 
