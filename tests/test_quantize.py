@@ -249,7 +249,7 @@ def test_a_quantised_language_model_cannot_be_trained_whole(tiny_dir: Path) -> N
             "stages.instruct.tuning.llm: full, but model.llm.quantize is 4bit",
         ),
         (('stages.instruct.tuning={"embeddings": "full"}',), "tuning.embeddings: full"),
-        (("stages.again.tuning.llm.rank=8",), "other LoRA settings"),
+        (("stages.again.tuning.llm.rank=8",), "another rank, alpha or targets"),
         (("model.llm.quantize=2bit",), "quantize"),
     ],
 )

@@ -110,6 +110,11 @@ class PartTuning(Strict):
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """LoRA target modules by the last component of their name, or every linear layer of the part."""
 
+    @property
+    def adapter(self) -> tuple[int, float, str | frozenset[str]]:
+        """What makes an adapter another one: rank, alpha and targets, not how it is trained."""
+        return self.rank, self.alpha, self.targets if isinstance(self.targets, str) else frozenset(self.targets)
+
 
 def _mode_or_mapping(value: Any) -> Any:
     return {"mode": value} if isinstance(value, str) else value
@@ -347,10 +352,10 @@ class RunConfig(Strict):
                     )
             if stage.tuning.llm.mode == "lora":
                 adapters[name] = stage.tuning.llm
-        if len({tuning.model_dump_json() for tuning in adapters.values()}) > 1:
+        if len({tuning.adapter for tuning in adapters.values()}) > 1:
             raise ValueError(
-                f"stages {', '.join(adapters)}: other LoRA settings of llm in each would merge the adapters in between, which "
-                f"model.llm.quantize {mode} does not allow. Write the same settings, or quantize: none"
+                f"stages {', '.join(adapters)}: another rank, alpha or targets of llm in each would merge the adapters in "
+                f"between, which model.llm.quantize {mode} does not allow. Write the same settings, or quantize: none"
             )
         return self
 

@@ -69,7 +69,11 @@ def apply_tuning(model: VisionLanguageModel, tuning: TuningConfig, *, seed: int 
         refuse_full(tuning)
     modules = {"vision": model.encoder, "llm": model.llm.hf}
     for part, module in modules.items():
-        if tuning.of(part).mode == "lora" and not has_lora(module):
+        if tuning.of(part).mode != "lora":
+            continue
+        if has_lora(module):
+            _set_dropout(module, tuning.of(part).dropout)
+        else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 add_lora(module, tuning.of(part), part=part, exclude=embedding_parameters(model))
@@ -94,6 +98,16 @@ def refuse_full(tuning: TuningConfig) -> None:
                 f"tuning.{part}: full, but model.llm.quantize is on: quantised weights cannot be trained or saved. Use "
                 f"{'lora' if part == 'llm' else 'frozen'}, or quantize: none."
             )
+
+
+def _set_dropout(module: nn.Module, dropout: float) -> None:
+    """Give the adapters of an earlier stage the dropout of this one."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.lora_dropout:
+                layer.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
 
 
 def has_lora(module: nn.Module) -> bool:

@@ -127,7 +127,7 @@ def _prepare_parts(tuned: Tuned, name: str, run: RunConfig) -> None:
     tuning = run.stages[name].tuning
     for part in list(tuned.lora):
         wanted = tuning.of(part)
-        if wanted.mode == "full" or (wanted.mode == "lora" and wanted != tuned.lora[part]):
+        if wanted.mode == "full" or (wanted.mode == "lora" and wanted.adapter != tuned.lora[part].adapter):
             merge_lora(tuned.model)
             tuned.changed |= set(tuned.lora)
             tuned.lora = {}
