@@ -48,23 +48,32 @@ class Conversation:
 
 
 class _Streamer:
-    """transformers' streamer protocol: ``put`` receives ids as they are made, ``end`` closes the line."""
+    """transformers' streamer protocol: ``put`` receives ids as they are made, ``end`` closes the line. Ids that may begin
+    what ends an answer are held back until they do not.
+    """
 
     def __init__(self, answerer: Answerer, stream: Any) -> None:
         self.answerer, self.stream = answerer, stream
-        self.stop = {ids[0] for ids in answerer.tokenizer.stop_sequences() if len(ids) == 1}
+        self.stops = answerer.tokenizer.stop_sequences()
         self.ids: list[int] = []
         self.written = ""
 
     def put(self, value: Any) -> None:
-        self.ids += [i for i in value.reshape(-1).tolist() if i not in self.stop]
-        text = self.answerer.tokenizer.decode(self.ids).lstrip()
+        self.ids += value.reshape(-1).tolist()
+        begun = (n for stop in self.stops for n in range(1, len(stop) + 1) if self.ids[-n:] == stop[:n])
+        self._write(len(self.ids) - max(begun, default=0))
+
+    def _write(self, count: int) -> None:
+        """Write the text of the first ``count`` ids as far as it is not written yet."""
+        text = self.answerer.tokenizer.decode(self.ids[:count]).lstrip()
         if text.startswith(self.written) and not text.endswith("\ufffd"):
             self.stream.write(text[len(self.written) :])
             self.stream.flush()
             self.written = text
 
     def end(self) -> None:
+        ended = (len(stop) for stop in self.stops if self.ids[-len(stop) :] == stop)
+        self._write(len(self.ids) - max(ended, default=0))
         self.stream.write("\n")
         self.stream.flush()
 
