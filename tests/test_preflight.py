@@ -28,8 +28,9 @@ from vlit.errors import TrainingError
 from vlit.train.cluster.comparison import ranks_text, size
 from vlit.train.cluster.facts import offload_problems, versions
 from vlit.train.cluster.needs import PartCount, Sharing, Weights, room_of
-from vlit.train.cluster.preflight import data_identities, preflight
+from vlit.train.cluster.preflight import preflight
 from vlit.train.distributed import Ranks
+from vlit.train.identity import data_identities, open_data
 
 MODULES = {"pillow": "PIL", "open_clip_torch": "open_clip"}
 GIANT = 2_000_000_000
@@ -141,7 +142,8 @@ def test_a_rank_that_does_not_come_is_named_within_the_limit(
 
 def test_one_process_is_checked_in_a_blink(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tiny_dir, tmp_path / "out")
-    identities, problems = data_identities(run, ALONE)
+    opened, problems = open_data(run, progress=False)
+    identities = data_identities(opened)
     assert set(identities) == {"align/colours", "instruct/colours"}
     report = preflight(run, ALONE, identities=identities, problems=problems)
     assert report.seconds < 2.0

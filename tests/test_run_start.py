@@ -12,8 +12,11 @@ import torch
 
 from tests.test_train_run import interrupt_after
 from tests.tiny_run import tiny_run
-from vlit.errors import CheckpointError
+from vlit.errors import CheckpointError, DataError, TrainingError
 from vlit.models.artifact import load_model
+from vlit.train.cluster.preflight import preflight
+from vlit.train.distributed import start_ranks
+from vlit.train.identity import data_identities, open_data
 from vlit.train.run import run_training
 from vlit.train.signals import Interrupted
 
@@ -39,3 +42,31 @@ def test_a_frozen_connector_that_was_replaced_on_the_disk_is_refused_when_a_stag
     shutil.copytree(tmp_path / "a" / "align" / "model", start)
     _, manifest = load_model(run_training(run), dtype=torch.float32)
     assert set(manifest["unchanged"]) == {"vision"}, "the connector is a file of the model folder"
+
+
+def test_every_dataset_of_every_stage_is_opened_before_the_first_stage_is_trained(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    run = tiny_run(
+        tiny_dir,
+        tmp_path / "out",
+        "stages.instruct.data=[{path: gone.json}]",
+        "stages.align.validation.data=[{path: unheard.json}]",
+        "stages.instruct.validation.data=[{path: unseen.json}]",
+    )
+    with pytest.raises(DataError, match="3 datasets cannot be used") as caught:
+        run_training(run)
+    assert all(f"{name}.json" in str(caught.value) for name in ("gone", "unheard", "unseen"))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    opened, problems = open_data(run, progress=False)
+    with pytest.raises(TrainingError, match=r"preflight found 3 problems: \(1\) unheard.json"):
+        preflight(run, start_ranks(run.runtime), identities=data_identities(opened), problems=problems)
+
+
+def test_one_stage_alone_needs_no_data_of_those_after_it_and_a_finished_one_none_for_validation(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    words = ("stages.align.max_steps=1", "stages.instruct.max_steps=1")
+    run_training(tiny_run(tiny_dir, tmp_path, *words, "stages.instruct.data=[{path: gone.json}]"), only="align")
+    run_training(tiny_run(tiny_dir, tmp_path, *words, "stages.align.validation.data=[{path: unheard.json}]"))
+    assert (tmp_path / "instruct" / "done.json").is_file()

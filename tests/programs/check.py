@@ -21,15 +21,17 @@ import torch
 from vlit.config.load import load_config
 from vlit.errors import CheckpointError, TrainingError
 from vlit.train.cluster import facts
-from vlit.train.cluster.preflight import data_identities, preflight
+from vlit.train.cluster.preflight import preflight
 from vlit.train.distributed import start_ranks
+from vlit.train.identity import data_identities, open_data
 
 config, folder, cases = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 run = load_config(config)
 ranks = start_ranks(run.runtime)
 (folder / f"pid-{ranks.rank}").write_text(str(os.getpid()))
 odd = ranks.rank == 1
-identities, problems = data_identities(run, ranks)
+opened, problems = open_data(run, progress=False)
+identities = data_identities(opened)
 arguments: dict[str, Any] = {}
 
 

@@ -16,16 +16,17 @@ def show_preflight(config_path: str, overrides: Sequence[str]) -> None:
         TrainingError: on every process, with everything that has to be mended.
     """
     run = load_config(config_path, overrides)
-    from vlit.train.cluster.preflight import PreflightReport, data_identities, preflight
+    from vlit.train.cluster.preflight import PreflightReport, preflight
     from vlit.train.distributed import start_ranks
+    from vlit.train.identity import data_identities, open_data
 
     ranks = start_ranks(run.runtime)
     if run.world is not None:
         if ranks.is_main:
             run.world.build()
         ranks.barrier()
-    identities, problems = data_identities(run, ranks)
-    report: PreflightReport = preflight(run, ranks, identities=identities, problems=problems)
+    opened, problems = open_data(run, progress=ranks.is_main)
+    report: PreflightReport = preflight(run, ranks, identities=data_identities(opened), problems=problems)
     if ranks.is_main:
         _print_table(report.ranks)
 

@@ -25,7 +25,7 @@ from vlit.durable import (
     replace_file,
     sealed,
 )
-from vlit.errors import CheckpointError, TrainingError
+from vlit.errors import CheckpointError, DataError, TrainingError
 from vlit.models.artifact import read_manifest, save_model
 from vlit.models.assemble import model_spec
 from vlit.models.flops import matmul_peak
@@ -33,11 +33,11 @@ from vlit.train.announce import print_parts, write_plan
 from vlit.train.checkpoint import Position, check_identity
 from vlit.train.cluster.lock import OutputLock
 from vlit.train.cluster.needs import left_by_earlier_start, room_of
-from vlit.train.cluster.preflight import data_identities, preflight
+from vlit.train.cluster.preflight import preflight
 from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import Ranks, compute_dtype, effective_strategy, start_ranks
 from vlit.train.engine import Engine
-from vlit.train.identity import open_mixture, stage_identity
+from vlit.train.identity import data_identities, open_data, stage_identity, together
 from vlit.train.metrics import format_seconds
 from vlit.train.prepare import Tuned, make_engine, model_of_stage
 from vlit.train.signals import stop_requests
@@ -77,17 +77,20 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
             f"runtime.strategy {run.runtime.strategy}: one process has nobody to share with, so it runs without ZeRO",
         )
     spec = model_spec(run.model)  # a missing or misfit part ends the run here, before data is read
+    watchdog.phase("open data", step=0, allow_s=WITHOUT_LIMIT)
+    opened, problems = open_data(run, only=only, progress=ranks.is_main, listing=ranks.is_main)
+    if ranks.world_size == 1 or not run.runtime.preflight:  # preflight would say the same with the name of the rank
+        problems = list(dict.fromkeys(problem for held in ranks.gather(problems) for problem in held))
+        if problems:
+            raise DataError(together(problems))
     if run.runtime.preflight:
         watchdog.phase("preflight", allow_s=WITHOUT_LIMIT)
-        # one process meets a bad dataset below, as the DataError it is
-        identities, problems = data_identities(run, ranks) if ranks.world_size > 1 else ({}, [])
-        preflight(run, ranks, identities=identities, problems=problems, only=only)
+        preflight(run, ranks, identities=data_identities(opened), problems=problems, only=only)
     identity: Any = None
     folder: Path | None = None
     for name in run.stages:
-        watchdog.phase("open data", step=0, allow_s=WITHOUT_LIMIT)
-        mixture = open_mixture(run, name, progress=ranks.is_main)
-        data, config = run.data_for(name), run.stages[name]
+        watchdog.phase("look at data", step=0, allow_s=WITHOUT_LIMIT)
+        mixture, data, config = opened[name].mixture, run.data_for(name), run.stages[name]
         tokenizer = SampleTokenizer(spec, data)
         fingerprint = fingerprint_of(tokenizer.tokenizer)
         identity = stage_identity(run, name, mixture, fingerprint, dtype, _digest(identity))
@@ -113,7 +116,7 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
         tools.peak = tools.peak or matmul_peak(ranks.device, dtype)
         engine = make_engine(tuned, run, name, dtype, strategy, ranks)
         bases = identity | {"base": tuned.unchanged}  # a base that changed on the disk must not go on from a checkpoint
-        stage = StageRun(name, config, folder, mixture, tokenizer, total, bases, strategy)
+        stage = StageRun(name, config, folder, mixture, tokenizer, total, bases, strategy, opened[name].held_out)
         position = train_stage(stage, engine, tuned.flops, run, tools)
         watchdog.phase("write model", allow_s=WITHOUT_LIMIT)
         weights = engine.whole_weights()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlit.config.schema import RunConfig, StageConfig
-from vlit.data.doctor.manifest import manifest_of, use_of
 from vlit.data.load import StepLoader
 from vlit.data.mixture import Mixture
-from vlit.data.source import RecordSource, open_source
+from vlit.data.source import RecordSource
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import TrainingError
 from vlit.models.flops import UsefulFlops
@@ -42,6 +42,7 @@ class StageRun:
     total_steps: int
     identity: dict[str, Any]
     strategy: str
+    held_out: Sequence[RecordSource] = ()
 
 
 @dataclass(slots=True)
@@ -177,19 +178,13 @@ FIRST_STEP_S = 3600.0
 
 
 def _validator(stage: StageRun, run: RunConfig, ranks: Ranks) -> Validator | None:
-    config = stage.config.validation
-    if not config.data:
+    if not stage.held_out:
         return None
-    manifest, use = manifest_of(run), use_of(stage.name, validation=True)
-    held_out = [
-        open_source(source, data=run.data, seed=run.seed, progress=False, manifest=manifest, stage=use)
-        for source in config.data
-    ]
     return Validator(
-        Mixture(held_out, seed=run.seed),
+        Mixture(stage.held_out, seed=run.seed),
         stage.tokenizer,
         run.data_for(stage.name),
-        config,
+        stage.config.validation,
         micro_batch_tokens=stage.config.micro_batch_tokens,
         ranks=ranks,
     )

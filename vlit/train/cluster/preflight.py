@@ -20,13 +20,12 @@ from typing import Any
 import torch
 
 from vlit.config.schema import RunConfig
-from vlit.errors import CheckpointError, TrainingError, VlitError
+from vlit.errors import CheckpointError, TrainingError
 from vlit.train.cluster import collectives, comparison, facts
 from vlit.train.cluster.comparison import ranks_text, size
 from vlit.train.cluster.meeting import Meeting
 from vlit.train.cluster.needs import Needs, StageNeed, needs_of, process_bytes
 from vlit.train.distributed import Ranks
-from vlit.train.identity import open_mixture
 
 PROBE = ".preflight"
 
@@ -65,7 +64,7 @@ def preflight(
     """Compare all processes and try what the run will need. Called by every rank.
 
     Args:
-        identities: dataset name -> content hash, as this rank sees them (:func:`data_identities`).
+        identities: dataset -> content hash, as this rank sees them (:func:`vlit.train.identity.data_identities`).
         problems: what this rank already found wrong, so that the others hear of it and do not wait.
         only: the one stage that will be trained; default: every stage that is not finished.
         timeout_s: how long the ranks wait for the last one to arrive.
@@ -108,19 +107,6 @@ def preflight(
             print(f"warning: preflight: {warning}", file=sys.stderr)
         print(report, file=sys.stderr)
     return report
-
-
-def data_identities(run: RunConfig, ranks: Ranks) -> tuple[dict[str, str], list[str]]:
-    """(dataset -> content hash, problems) of all stages as this rank sees them; builds a missing index."""
-    found: dict[str, str] = {}
-    problems: list[str] = []
-    for name in run.stages:
-        try:
-            for source in open_mixture(run, name, progress=ranks.is_main).sources:
-                found[f"{name}/{source.name}"] = source.content_hash
-        except VlitError as error:
-            problems.append(str(error))
-    return found, list(dict.fromkeys(problems))
 
 
 def _compare(gathered: dict[int, Any], store: Meeting, run: RunConfig, needs: Needs) -> dict[str, Any]:
