@@ -208,7 +208,8 @@ def coco(folder: Path) -> Path:
 
 def test_a_view_joins_captions_and_normalised_boxes_without_crowds(tmp_path: Path) -> None:
     views = read_views([coco(tmp_path)], tmp_path / "images")
-    assert views == [View("a", "a.png", ("A dog",), (Thing("dog", (0.1, 0.1, 0.3, 0.3), {"color": "red"}),))]
+    dog = Thing("dog", (0.1, 0.1, 0.3, 0.3), {"color": "red"})
+    assert views == [View("a", "a.png", ("A dog",), (dog,), crowds=("dog",))]
     assert View.of(json.loads(json.dumps(views[0].to_item()))) == views[0]
     assert views[0].boxes_text() == "red dog: [0.10, 0.10, 0.30, 0.30]"
     assert views[0].things[0].place == "top-left"

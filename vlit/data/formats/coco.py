@@ -209,8 +209,12 @@ def size_of(picture: dict[str, Any]) -> tuple[float, float]:
 
 def region_of(entry: dict[str, Any], categories: dict[Any, dict[str, Any]], size: tuple[float, float]) -> Region:
     """An instance: the name of its category, its box as shares of a picture of that size."""
-    category = _known(categories, entry, "category_id", "category")
-    return Region(text_of(category, "name"), box_of(entry, "bbox", size))
+    return Region(category_of(entry, categories), box_of(entry, "bbox", size))
+
+
+def category_of(entry: dict[str, Any], categories: dict[Any, dict[str, Any]]) -> str:
+    """The name of an instance's category."""
+    return text_of(_known(categories, entry, "category_id", "category"), "name")
 
 
 def box_of(entry: dict[str, Any], key: str, size: tuple[float, float]) -> tuple[float, float, float, float]:

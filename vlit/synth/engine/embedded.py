@@ -67,9 +67,9 @@ def place_words(place: str) -> str:
 
 def counting(view: View, rng: Random) -> Lookup | None:
     """How many of one name, or of all."""
-    if not view.things:
+    if not view.countable:
         return None
-    counts = Counter(thing.name for thing in view.things)
+    counts = Counter(thing.name for thing in view.countable)
     name = rng.choice(sorted(counts))
     number = counts[name]
     others = tuple(str(n) for n in range(1, max(6, number + 3)) if n != number)
@@ -81,7 +81,7 @@ def counting(view: View, rng: Random) -> Lookup | None:
 
 def localization(view: View, rng: Random) -> Lookup | None:
     """Where a thing is that can be named without doubt."""
-    candidates = alone(view.things, lambda t: t.phrase)
+    candidates = alone(view.countable, lambda t: t.phrase)
     if not candidates:
         return None
     thing = rng.choice(candidates)
@@ -93,7 +93,7 @@ def localization(view: View, rng: Random) -> Lookup | None:
 
 def attributes(view: View, rng: Random) -> Lookup | None:
     """An attribute of a thing known by its name."""
-    candidates = [t for t in alone(view.things, lambda t: t.name) if t.attributes]
+    candidates = [t for t in alone(view.countable, lambda t: t.name) if t.attributes]
     if not candidates:
         return None
     thing = rng.choice(candidates)
@@ -105,7 +105,7 @@ def attributes(view: View, rng: Random) -> Lookup | None:
 
 def recognition(view: View, rng: Random) -> Lookup | None:
     """What stands at a place."""
-    candidates = alone(view.things, lambda t: t.place)
+    candidates = [t for t in alone(view.things, lambda t: t.place) if t.name not in view.crowds]
     if not candidates:
         return None
     thing = rng.choice(candidates)
@@ -113,14 +113,13 @@ def recognition(view: View, rng: Random) -> Lookup | None:
         {str(n) for n in range(10)} if thing.name.isdigit() else {"tree", "car", "person"}
     )
     where = place_words(thing.place)
-    return Lookup(
-        f"What can be seen {where}?", thing.name, tuple(sorted(names - {thing.name})), f"{where} there is the {{}}"
-    )
+    others = names - {thing.name, *view.crowds}  # which may be there as well
+    return Lookup(f"What can be seen {where}?", thing.name, tuple(sorted(others)), f"{where} there is the {{}}")
 
 
 def relation(view: View, rng: Random) -> Lookup | None:
     """On which side of another thing a thing is."""
-    candidates = alone(view.things, lambda t: t.phrase)
+    candidates = alone(view.countable, lambda t: t.phrase)
     pairs = [(a, b) for a in candidates for b in candidates if a is not b and abs(_middle(a) - _middle(b)) > 0.15]
     if not pairs:
         return None
@@ -133,7 +132,7 @@ def relation(view: View, rng: Random) -> Lookup | None:
 
 def comparison(view: View, rng: Random) -> Lookup | None:
     """Which of two things covers more of the picture."""
-    candidates = alone(view.things, lambda t: t.phrase)
+    candidates = alone(view.countable, lambda t: t.phrase)
     pairs = [(a, b) for a in candidates for b in candidates if a.area > 1.3 * b.area]
     if not pairs:
         return None
@@ -180,7 +179,9 @@ def domain_pair(view: View, domain: str, kind: str, rng: Random) -> Pair | None:
 
 
 def overview(view: View) -> str:
-    """One sentence: how many objects there are."""
+    """One sentence: how many objects there are; where there is a crowd, of what."""
+    if view.crowds:
+        return f"There is a group of {joined([plural(name, 2) for name in view.crowds])} in the image."
     count = len(view.things)
     word = NUMBERS[count] if count < len(NUMBERS) else str(count)
     return f"There {'is' if count == 1 else 'are'} {word} {plural('object', count)} in the image."
@@ -193,7 +194,7 @@ def describe(view: View) -> str:
     things = sorted(view.things, key=lambda t: -t.area)[:MAX_NAMED]
     sentences = [overview(view)]
     sentences += [f"{capital(place_words(t.place))} there is {article(t.phrase)}." for t in things]
-    row = sorted(alone(things, lambda t: t.phrase), key=_middle)
+    row = sorted(alone([t for t in things if t.name not in view.crowds], lambda t: t.phrase), key=_middle)
     sentences += [
         f"The {a.phrase} is to the left of the {b.phrase}." for a, b in pairwise(row) if _middle(b) - _middle(a) > 0.15
     ]
@@ -207,7 +208,7 @@ def converse(view: View, rng: Random, *, turns: int = 4) -> list[Pair]:
         return [Pair(q, caption) for q, caption in zip(asked, view.captions, strict=False)]
     domains = list(DOMAINS)
     rng.shuffle(domains)
-    pairs = [Pair("How many objects can you see in the image?", overview(view))]
+    pairs = [] if view.crowds else [Pair("How many objects can you see in the image?", overview(view))]
     for domain in domains:
         found = DOMAINS[domain](view, rng)
         if found is not None:
@@ -236,7 +237,7 @@ def reason(view: View, rng: Random) -> Pair | None:
             found.question,
             f"{overview(view)} The {found.value} takes up a larger area than the {found.others[0]}, so it covers more.",
         )
-    counts = Counter(t.name for t in things).most_common(2)
+    counts = Counter(t.name for t in view.countable).most_common(2)
     if len(counts) == 2 and counts[0][1] > counts[1][1]:
         (most, n), (least, m) = counts
         return Pair(

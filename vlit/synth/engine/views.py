@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlit.data.formats.coco import caption_of, read_coco, region_of, size_of
+from vlit.data.formats.coco import caption_of, category_of, read_coco, region_of, size_of
 from vlit.errors import DataError
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -65,19 +65,29 @@ class View:
     things: tuple[Thing, ...] = ()
     license: str = ""
     """Name of the licence, where the annotations say it."""
+    crowds: tuple[str, ...] = ()
+    """Names that a crowd is annotated for, sorted: they are there, nobody knows how many times."""
+
+    @property
+    def countable(self) -> list[Thing]:
+        """Things of whose name no more are there than annotated."""
+        return [thing for thing in self.things if thing.name not in self.crowds]
 
     def to_item(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self) | {
+        """As JSON; ``crowds`` only where there are some."""
+        item = asdict(self) | {
             "captions": list(self.captions),
             "things": [asdict(t) | {"box": list(t.box)} for t in self.things],
+            "crowds": list(self.crowds),
         }
+        return item if self.crowds else {key: value for key, value in item.items() if key != "crowds"}
 
     @classmethod
     def of(cls, item: dict[str, Any]) -> View:
         """From JSON; other keys of the item are left alone."""
         things = tuple(Thing(t["name"], tuple(t["box"]), dict(t.get("attributes", {}))) for t in item.get("things", ()))
-        return cls(item["id"], item["image"], tuple(item.get("captions", ())), things, item.get("license", ""))
+        captions, crowds = tuple(item.get("captions", ())), tuple(item.get("crowds", ()))
+        return cls(item["id"], item["image"], captions, things, item.get("license", ""), crowds)
 
     def captions_text(self) -> str:
         """One caption a line."""
@@ -88,6 +98,13 @@ class View:
         return "\n".join(f"{thing.phrase}: {thing.box_text()}" for thing in self.things)
 
 
+@dataclass(frozen=True, slots=True)
+class _Crowd:
+    """Many of a name at once."""
+
+    name: str
+
+
 @dataclass(slots=True)
 class _Picture:
     """What the files read so far say about one picture."""
@@ -95,11 +112,12 @@ class _Picture:
     image: str
     captions: list[str] = field(default_factory=list)
     things: list[Thing] = field(default_factory=list)
+    crowds: set[str] = field(default_factory=set)
     license: str = ""
     taken: set[tuple[Any, Any]] = field(default_factory=set)
     """(id, content) of its annotations, crowds too."""
 
-    def take(self, identity: Any, content: str | Thing | None) -> bool:
+    def take(self, identity: Any, content: str | Thing | _Crowd) -> bool:
         """Add what an annotation says; False where the annotation was taken before."""
         key = identity, (content.name, content.box) if isinstance(content, Thing) else content
         if identity is not None and key in self.taken:
@@ -107,7 +125,9 @@ class _Picture:
         self.taken.add(key)
         if isinstance(content, Thing):
             self.things.append(content)
-        elif content is not None:
+        elif isinstance(content, _Crowd):
+            self.crowds.add(content.name)
+        else:
             self.captions.append(content)
         return True
 
@@ -115,10 +135,10 @@ class _Picture:
 def read_views(annotations: Sequence[Path], images: Path) -> list[View]:
     """The views of all annotated pictures of COCO files (or folders of them), by file and picture number.
 
-    Files that speak of the same pictures (``instances_x.json`` and ``captions_x.json``) are joined. Crowd boxes are left out:
-    they stand for many things at once. An annotation that a file repeats (same id, picture, and name with box or caption) is
-    taken once. How many repetitions and how many pictures without annotations were left out is said on stderr. A picture is
-    looked for at ``images/file_name``, then at ``images/x/file_name``.
+    Files that speak of the same pictures (``instances_x.json`` and ``captions_x.json``) are joined. Crowd boxes are left out,
+    since they stand for many things at once; their names are kept. An annotation that a file repeats (same id, picture, and
+    name with box or caption) is taken once. How many repetitions and how many pictures without annotations were left out is
+    said on stderr. A picture is looked for at ``images/file_name``, then at ``images/x/file_name``.
 
     Raises:
         DataError: a file is not COCO's, an annotation names an unknown picture or category or has a field that cannot be
@@ -135,10 +155,15 @@ def read_views(annotations: Sequence[Path], images: Path) -> list[View]:
     if bare := sum(not picture.taken for picture in held.values()):
         print(f"{bare:,} of {len(held):,} pictures have no annotation; left out", file=sys.stderr)
     return [
-        View(identity, picture.image, tuple(picture.captions), tuple(picture.things), picture.license)
+        _view(identity, picture)
         for identity, picture in zip(_ids(list(held)), held.values(), strict=True)
         if picture.taken
     ]
+
+
+def _view(identity: str, picture: _Picture) -> View:
+    captions, things, crowds = tuple(picture.captions), tuple(picture.things), tuple(sorted(picture.crowds))
+    return View(identity, picture.image, captions, things, picture.license, crowds)
 
 
 def _read_file(path: Path, images: Path, held: dict[str, _Picture]) -> None:
@@ -158,12 +183,14 @@ def _read_file(path: Path, images: Path, held: dict[str, _Picture]) -> None:
         )
 
 
-def _content(categories: dict[Any, dict[str, Any]], row: dict[str, Any], picture: dict[str, Any]) -> str | Thing | None:
-    """A caption or an object; None for a crowd."""
+def _content(
+    categories: dict[Any, dict[str, Any]], row: dict[str, Any], picture: dict[str, Any]
+) -> str | Thing | _Crowd:
+    """A caption, an object, or a crowd."""
     if "caption" in row:
         return caption_of(row)
     if row.get("iscrowd"):
-        return None
+        return _Crowd(category_of(row, categories))
     region = region_of(row, categories, size_of(picture))
     x0, y0, x1, y1 = (round(edge, 4) for edge in region.box)
     return Thing(region.label, (x0, y0, x1, y1), _attributes(row))

@@ -27,6 +27,8 @@ class Thing(NamedTuple):
     group: str
     colour: str
     box: Box
+    crowd: bool = False
+    """Many of them at once: they are there, uncounted, of whatever colours and places."""
 
 
 @dataclass
@@ -113,7 +115,8 @@ def _instance(categories: dict[Any, dict[str, Any]], row: dict[str, Any], pictur
     region = region_of(row, categories, size_of(picture))
     attributes = row.get("attributes")
     colour = str(attributes.get("color", "")).lower() if isinstance(attributes, dict) else ""
-    return Thing(region.label, _group(categories[row["category_id"]]), colour, region.box)
+    crowd = bool(row.get("iscrowd"))
+    return Thing(region.label, _group(categories[row["category_id"]]), "" if crowd else colour, region.box, crowd)
 
 
 def _group(category: dict[str, Any]) -> str:

@@ -98,16 +98,25 @@ def _compare(question: str, answer: str, things: tuple[Thing, ...], known: Annot
             any(token.kind == "is" for token in words[:3]) and "there" in (token.value for token in words[:2])
         )
         for number, name, colour, _ in read_counts(words):
-            counted = _count(name, colour, things)
-            found.note("count", counted == number if exact else counted >= number)
+            _note_count(number, name, colour, things, found, exact=exact)
         for phrase in read_phrases(words):
             _exists(phrase, things, found)
 
 
-def _count(name: Token, colour: str | None, things: tuple[Thing, ...]) -> int:
-    """Things of a label or group, of a colour where one is given."""
+def _note_count(
+    number: int, name: Token, colour: str | None, things: tuple[Thing, ...], found: Agreement, *, exact: bool = True
+) -> None:
+    """Compare a count of a label or group, of a colour where one is given; where a crowd is among them nobody knows it."""
+    counted = _count(name, colour, things)
+    if counted is not None:
+        found.note("count", counted == number if exact else counted >= number)
+
+
+def _count(name: Token, colour: str | None, things: tuple[Thing, ...]) -> int | None:
+    """Things of a label or group, of a colour where one is given; None with a crowd among them."""
     group, label = (name.value, None) if name.kind == "group" else (None, name.value)
-    return sum(Phrase(label, group, colour).fits(thing) for thing in things)
+    phrase = Phrase(label, group, colour)
+    return None if any(phrase.may_fit(thing) for thing in things) else sum(phrase.fits(thing) for thing in things)
 
 
 def _with(phrase: Phrase, token: Token) -> Phrase:
@@ -123,6 +132,8 @@ def _exists(phrase: Phrase, things: tuple[Thing, ...], found: Agreement) -> None
             return
     check = "colour" if phrase.colour is not None else "place" if phrase.place is not None else "exists"
     there = any(phrase.fits(thing) for thing in things)
+    if not there and any(phrase.may_fit(thing) for thing in things):
+        return
     if there != phrase.negated:
         found.note(check, True)
         return
@@ -150,7 +161,7 @@ def _short(
         number = number_of(values[0].value)
         if len(names) == 1 and number is not None:
             colour = next((token.value for token in asked if token.kind == "colour"), None)
-            found.note("count", _count(names[0], colour, things) == number)
+            _note_count(number, names[0], colour, things, found)
         return
     if values[0].kind in ("number", "group"):
         return
@@ -171,7 +182,9 @@ def _judge(asked: list[Token], verdict: str, things: tuple[Thing, ...], found: A
         numbers = [int(token.value) for token in asked if token.value.isdigit()]
         names = [token for token in asked if token.kind in ("label", "group") and not token.value.isdigit()]
         if len(numbers) == 1 and len(names) == 1:
-            found.note("yes_no", (_count(names[0], None, things) == numbers[0]) == (verdict == "yes"))
+            counted = _count(names[0], None, things)
+            if counted is not None:
+                found.note("yes_no", (counted == numbers[0]) == (verdict == "yes"))
         return
     if any(token.kind == "no" for token in asked) or read_counts(asked) or any(t.value == "or" for t in asked):
         return
@@ -183,6 +196,8 @@ def _judge(asked: list[Token], verdict: str, things: tuple[Thing, ...], found: A
         if sum(value is not None for value in (p.label, p.group, p.colour, p.place)) < 2:
             return  # "Is the dog …": nothing was said of it that could be told
     is_so = all(any(phrase.fits(thing) for thing in things) for phrase in phrases)
+    if not is_so and any(phrase.may_fit(thing) for phrase in phrases for thing in things):
+        return
     found.note("yes_no", is_so == (verdict == "yes"))
 
 
@@ -205,7 +220,8 @@ def _compare_boxes(question: str, answer: str, things: tuple[Thing, ...], known:
         if max(box) > 1 or not phrases:
             continue
         best = max((iou(box, thing.box) for thing in things if phrases[-1].fits(thing)), default=None)
-        if best is not None:
+        crowded = any(phrases[-1].may_fit(thing) for thing in things)
+        if best is not None and (best >= MIN_IOU or not crowded):
             found.note("box", best >= MIN_IOU)
 
 

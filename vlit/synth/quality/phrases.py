@@ -69,11 +69,17 @@ class Phrase:
         known = sum(value is not None for value in (self.colour, self.place))
         return self.label is not None or (known > 0 and (self.group is not None or known > 1))
 
+    def may_fit(self, crowd: Thing) -> bool:
+        """Whether a crowd may hold what the phrase says: colours and places of its members are not known."""
+        return crowd.crowd and replace(self, colour=None, place=None).fits(crowd)
+
     def fits(self, thing: Thing, *, leave_out: str = "") -> bool:
         """Whether a thing is what the phrase says, one property left out of the comparison."""
         if self.label is not None and leave_out != "label" and thing.label != self.label:
             return False
         if self.group is not None and thing.group != self.group:
+            return False
+        if thing.crowd and (self.colour is not None or self.place is not None):
             return False
         if self.colour is not None and leave_out != "colour" and thing.colour != self.colour:
             return False

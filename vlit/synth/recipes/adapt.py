@@ -45,9 +45,9 @@ def _caption(view: View, names: list[str], rng: Random) -> Instance | None:
 
 
 def _detection(view: View, names: list[str], rng: Random) -> Instance | None:
-    if not view.things:
+    if not view.countable:
         return None
-    name = rng.choice(sorted({thing.name for thing in view.things}))
+    name = rng.choice(sorted({thing.name for thing in view.countable}))
     found = tuple(thing for thing in view.things if thing.name == name)
     return Instance({"name": name}, ", ".join(thing.box_text() for thing in found), found)
 
@@ -60,7 +60,7 @@ def _region_name(view: View, names: list[str], rng: Random) -> Instance | None:
 
 
 def _refer(view: View, names: list[str], rng: Random) -> Instance | None:
-    candidates = alone(view.things, lambda thing: thing.phrase)
+    candidates = alone(view.countable, lambda thing: thing.phrase)
     if not candidates:
         return None
     thing = rng.choice(candidates)
@@ -68,16 +68,16 @@ def _refer(view: View, names: list[str], rng: Random) -> Instance | None:
 
 
 def _count(view: View, names: list[str], rng: Random) -> Instance | None:
-    if not view.things:
+    if not view.countable:
         return None
-    name = rng.choice(sorted({thing.name for thing in view.things}))
+    name = rng.choice(sorted({thing.name for thing in view.countable}))
     found = tuple(thing for thing in view.things if thing.name == name)
     return Instance({"name": name}, str(len(found)), found)
 
 
 def _existence(view: View, names: list[str], rng: Random) -> Instance | None:
     """Yes and no are equally likely, whatever the picture."""
-    here = sorted({thing.name for thing in view.things})
+    here = sorted({thing.name for thing in view.things} | {*view.crowds})
     absent = [name for name in names if name not in here]
     if not here or not absent:
         return None

@@ -87,7 +87,9 @@ class LlavaRecipe(RecipeConfig):
             view = View.of(item)
             filled = prompts[item["type"]].messages(captions=view.captions_text(), boxes=view.boxes_text() or "(none)")
             schema = None if item["type"] == "detail" else PAIRS_SCHEMA
-            facts = {key: item[key] for key in ("id", "image", "captions", "things")}
+            facts: dict[str, Any] = {
+                key: item[key] for key in ("id", "image", "captions", "things", "crowds") if key in item
+            }
             return Ask(item["type"], filled, self.max_tokens, facts, schema)
 
         def finish(item: Item, reply: Reply | None) -> list[Item]:

@@ -85,7 +85,8 @@ class MMInstructRecipe(RecipeConfig):
                 number=self.questions, kind=kind, domain=item["domain"].replace("_", " "), seeds=seeds,
                 prior=self.prior or "nothing", caption=item["caption"],
             )  # fmt: skip
-            view = {"id": item["view"]} | {key: item[key] for key in ("image", "captions", "things")}
+            known = ("image", "captions", "things", "crowds")
+            view = {"id": item["view"]} | {key: item[key] for key in known if key in item}
             facts = {"domain": item["domain"], "kind": kind, "questions": self.questions, "view": view}
             return Ask("domain", filled, self.max_tokens, facts)
 
