@@ -40,6 +40,18 @@ def test_distinct_counts_are_within_three_percent() -> None:
         assert counter.count() == pytest.approx(number, rel=0.03)
 
 
+@pytest.mark.parametrize("number", [0, 1, 500, 20_000, 30_000, 41_000, 45_000, 60_000, 400_000])
+def test_the_count_of_distinct_values_has_no_bias_and_its_stated_error(number: int) -> None:
+    errors = []
+    for seed in range(12):
+        counter = Distinct()
+        values = np.random.default_rng([number, seed]).integers(0, 1 << 63, number, dtype=np.uint64)
+        counter.add(values)
+        errors.append(counter.count() / max(len(np.unique(values)), 1) - (number > 0))
+    assert abs(np.mean(errors)) <= 3 * 0.0081 / np.sqrt(12)
+    assert np.sqrt(np.mean(np.square(errors))) <= 1.6 * 0.0081
+
+
 def test_similar_sets_become_pairs_with_their_exact_jaccard() -> None:
     rng = np.random.default_rng(1)
     base = [rng.choice(1 << 40, 30, replace=False).astype(np.uint64) for _ in range(400)]

@@ -5,7 +5,8 @@ MinHash: Broder 1997; banding: Leskovec et al., Mining of Massive Datasets §3.4
 the exact Jaccard similarity of its word sets, so the sketch decides which pairs are looked at, never the result. A word with
 the mark ``ASKED`` is what a question is about: two sets that each have one the other lacks are two questions, however alike. So
 are two of which one asks for a ``FORM`` of answer that the other does not.
-HyperLogLog: Flajolet et al. 2007, with linear counting below 2.5 registers.
+HyperLogLog: Flajolet et al. 2007, with Ertl's improved estimator (arXiv:1702.01284 §4, Algorithm 6), which has no bias at any
+count and needs no switch to linear counting.
 
 Shape letters: N sets, P permutations, B bands.
 """
@@ -54,7 +55,7 @@ def ngram_hashes(words: np.ndarray, size: int) -> np.ndarray:
 
 
 class Distinct:
-    """How many different 64-bit values were added, within about 1 %, in 16 kB."""
+    """How many different 64-bit values were added, in 16 kB, with a standard error of 0.8 % (1.04 / sqrt(2^14))."""
 
     def __init__(self) -> None:
         self.registers = np.zeros(1 << _PRECISION, np.uint8)
@@ -67,7 +68,7 @@ class Distinct:
         place = (values >> np.uint64(64 - _PRECISION)).astype(np.int64)
         rest = (values << np.uint64(_PRECISION)) | np.uint64(1 << (_PRECISION - 1))
         rank = 64 - np.floor(np.log2(rest.astype(np.float64))).astype(np.int64)
-        np.maximum.at(self.registers, place, rank.clip(1, 60).astype(np.uint8))
+        np.maximum.at(self.registers, place, rank.clip(1, 64 - _PRECISION + 1).astype(np.uint8))
 
     def merge(self, other: np.ndarray) -> None:
         """Take in the registers of another sketch."""
@@ -75,10 +76,36 @@ class Distinct:
 
     def count(self) -> float:
         """The estimate."""
-        size = len(self.registers)
-        empty = int((self.registers == 0).sum())
-        raw = 0.7213 / (1 + 1.079 / size) * size**2 / np.exp2(-self.registers.astype(np.float64)).sum()
-        return size * math.log(size / empty) if empty and raw <= 2.5 * size else float(raw)
+        size, highest = len(self.registers), 64 - _PRECISION + 1
+        times = np.bincount(self.registers, minlength=highest + 1)
+        total = size * _tau(1 - times[highest] / size)
+        for rank in range(highest - 1, 0, -1):
+            total = (total + times[rank]) / 2
+        total += size * _sigma(times[0] / size)
+        return float(size**2 / (2 * math.log(2) * total))
+
+
+def _sigma(share: float) -> float:
+    """x + sum of x^(2^k) 2^(k - 1): what empty registers add."""
+    if share == 1:
+        return math.inf
+    weight, total, before = 1.0, share, math.nan
+    while total != before:
+        share, before = share * share, total
+        total += share * weight
+        weight *= 2
+    return total
+
+
+def _tau(share: float) -> float:
+    """(1 - x - sum of (1 - x^(2^-k))^2 2^-k) / 3: what full registers add."""
+    if share in (0, 1):
+        return 0.0
+    weight, total, before = 1.0, 1 - share, math.nan
+    while total != before:
+        share, before, weight = math.sqrt(share), total, weight / 2
+        total -= (1 - share) ** 2 * weight
+    return total / 3
 
 
 def band_keys(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
