@@ -221,7 +221,7 @@ def _collect_rows(
 
 
 def packed_row(batch: PackedBatch, *, step: int, capacity: int) -> PreviewRow:
-    """Counts per segment of a packed micro-batch."""
+    """Counts per segment of a packed micro-batch. The room of a row that one longer record has for itself is its length."""
     is_image = batch.is_image.numpy()
     supervised = np.zeros(batch.num_tokens, bool)
     supervised[batch.supervised_positions.numpy()] = True
@@ -232,4 +232,4 @@ def packed_row(batch: PackedBatch, *, step: int, capacity: int) -> PreviewRow:
         span = slice(begin, begin + length)
         segments.append(PreviewSegment(name, source, length, int(is_image[span].sum()), int(supervised[span].sum())))
         begin += length
-    return PreviewRow(step, capacity, tuple(segments), batch.num_samples)
+    return PreviewRow(step, max(capacity, batch.num_tokens), tuple(segments), batch.num_samples)

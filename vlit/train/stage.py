@@ -222,7 +222,10 @@ def _row(
     batch: StepBatch,
     memory: float,
 ) -> dict[str, Any]:
-    capacity = max(1, len(batch.micro_batches)) * stage.config.micro_batch_tokens
+    room = stage.config.micro_batch_tokens
+    capacity = (
+        sum(max(room, row.num_tokens) for row in batch.micro_batches) or room
+    )  # a longer record has a row of its own
     return {
         "stage": stage.name,
         "step": position.step,
