@@ -29,6 +29,7 @@ from vlit.errors import CheckpointError, DataError, TrainingError
 from vlit.models.artifact import read_manifest, save_model
 from vlit.models.assemble import model_spec
 from vlit.models.flops import matmul_peak
+from vlit.models.rope import check_lengths
 from vlit.train.announce import print_parts, write_plan
 from vlit.train.checkpoint import Position, check_identity
 from vlit.train.cluster.lock import OutputLock
@@ -77,6 +78,7 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
             f"runtime.strategy {run.runtime.strategy}: one process has nobody to share with, so it runs without ZeRO",
         )
     spec = model_spec(run.model)  # a missing or misfit part ends the run here, before data is read
+    check_lengths(run.model.llm, _longest_samples(run))
     watchdog.phase("open data", step=0, allow_s=WITHOUT_LIMIT)
     opened, problems = open_data(run, only=only, progress=ranks.is_main, listing=ranks.is_main)
     if ranks.world_size == 1 or not run.runtime.preflight:  # preflight would say the same with the name of the rank
@@ -129,6 +131,12 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
         tracker.finish()
     assert folder is not None
     return folder / "model"
+
+
+def _longest_samples(run: RunConfig) -> dict[str, int]:
+    """Configuration key -> ``max_tokens``, of all stages."""
+    own = {name for name, stage in run.stages.items() if stage.max_tokens is not None}
+    return {f"stages.{n}.max_tokens" if n in own else "data.max_tokens": run.data_for(n).max_tokens for n in run.stages}
 
 
 def _read_done(path: Path) -> dict[str, Any]:
