@@ -80,7 +80,7 @@ def yes_or_no(answer: str) -> str | None:
 def _compare(question: str, answer: str, things: tuple[Thing, ...], known: Annotations, found: Agreement) -> None:
     asked = read_tokens(question, known)
     verdict = yes_or_no(answer)
-    told = is_understood(asked) and asserted(question) == question
+    told = is_understood(asked) and asserted(question) == question.lower()
     if verdict and _ASKS.match(question) and told:
         _judge(asked, verdict, things, found)
     if _BOX.search(answer):

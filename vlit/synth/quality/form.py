@@ -31,6 +31,8 @@ _FORMS = word_set(
 _WHOLE = frozenset(
     {"is this right", "is this true", "is this correct", "which option is right", "which option is correct"}
 )
+_HINT = re.compile(rf"\b(?:{'|'.join(sorted({*_FORMS, 'right', 'true', 'correct'}))})\b")
+"""A word that every such sentence has."""
 _SENTENCE = re.compile(r"[^.?!\n]*[.?!]*\n?")
 
 
@@ -41,14 +43,20 @@ _KINDS = (
 )
 
 
-def forms_of(question: str) -> set[str]:
+@lru_cache(maxsize=256)
+def forms_of(question: str) -> frozenset[str]:
     """Forms of answer that a question asks for: letter, judgement, short, long."""
+    if not _HINT.search(question.lower()):
+        return frozenset()
     asked = [TOKEN.findall(part.lower()) for part in _SENTENCE.findall(question) if asks_for_form(part)]
-    return {next((kind for kind, known in _KINDS if not known.isdisjoint(words)), "long") for words in asked}
+    return frozenset(next((kind for kind, known in _KINDS if not known.isdisjoint(words)), "long") for words in asked)
 
 
+@lru_cache(maxsize=256)
 def without_form(question: str) -> str:
     """A question without its sentences about the form of the answer; as it is where nothing else would be left."""
+    if not _HINT.search(question.lower()):
+        return question
     kept = "".join(part for part in _SENTENCE.findall(question) if not asks_for_form(part))
     return kept if TOKEN.search(kept.replace("<image>", "")) else question
 

@@ -11,7 +11,8 @@ from vlit.synth.quality.sketches import Distinct, hash_text, ngram_hashes
 
 CONTAMINATION_WORDS = 13
 """Length of the word sequences that must not be shared with an evaluation set (GPT-3, arXiv:2005.14165 App. C)."""
-_MAX_WORDS = 1 << 16
+MAX_WORDS = 1 << 16
+"""Of one turn that are looked at."""
 
 
 class Said:
@@ -23,7 +24,7 @@ class Said:
 
     def add(self, words: Sequence[str]) -> None:
         """Take in one turn."""
-        kept = words[:_MAX_WORDS]
+        kept = words[:MAX_WORDS]
         self.words.extend([_hash(word) for word in kept])
         self.turns.extend([len(self.owners)] * len(kept))
         self.owners.append(self.owner)
@@ -31,7 +32,7 @@ class Said:
 
 def word_hashes(words: Sequence[str]) -> np.ndarray:
     """uint64 hash of each word."""
-    return np.array([_hash(word) for word in words[:_MAX_WORDS]], np.uint64)
+    return np.array([_hash(word) for word in words], np.uint64)
 
 
 _KNOWN: dict[str, int] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 from vlit.synth.quality.annotations import Annotations, Thing
@@ -36,7 +35,8 @@ _SEEN = frozenset(
 )  # fmt: skip
 
 
-_MARK = re.compile(r"[^\w\s]")
+_PIECE = re.compile(rf"({TOKEN.pattern})(\W*)")
+"""A word, and what stands before the next one: a space, or something that ends a noun."""
 _BEFORE_VERBS = word_set("to they you we i who not can could may might must shall should will would")
 _ACTS = word_set(
     """appear appears belongs covers faces flies grazes jumps lay lays lean leans lie lies looks occupies passes remain remains
@@ -96,11 +96,10 @@ def read_tokens(text: str, known: Annotations) -> list[Token]:
     A name that is a colour here ("an orange cat"), a verb ("to book a room") or the first part of a longer noun ("a train
     station") is no name.
     """
-    text = text.lower()
-    matches = list(TOKEN.finditer(text))
-    words = [match.group() for match in matches]
+    pieces = _PIECE.findall(text.lower())
+    words = [word for word, _ in pieces]
     bases = [lemma(word) for word in words]
-    ends = [bool(_MARK.search(text, a.end(), b.start())) for a, b in pairwise(matches)] + [True] * bool(matches)
+    ends = [not gap.isspace() for _, gap in pieces[:-1]] + [True]
     found: list[Token] = []
     at = 0
     while at < len(words):
@@ -127,8 +126,10 @@ def read_tokens(text: str, known: Annotations) -> list[Token]:
 
 def _name_at(bases: list[str], at: int, known: Annotations) -> int:
     """Words of the longest name that begins here; 0 without one."""
-    sizes = range(min(known.longest, len(bases) - at), 0, -1)
-    return next((size for size in sizes if tuple(bases[at : at + size]) in known.names), 0)
+    for size in range(min(known.longest, len(bases) - at), 0, -1):
+        if tuple(bases[at : at + size]) in known.names:
+            return size
+    return 0
 
 
 def _is_noun(words: list[str], bases: list[str], at: int, known: Annotations) -> bool:

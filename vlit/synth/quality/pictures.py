@@ -20,7 +20,7 @@ from vlit.data.images import open_rgb, resolve_image
 from vlit.errors import DataError
 from vlit.synth.quality.sketches import candidate_pairs
 from vlit.synth.quality.spool import batches, in_order
-from vlit.synth.quality.thumbnails import MAX_DETAIL, SIDE, WORDS, detail_of, same_view, thumbnail
+from vlit.synth.quality.thumbnails import MAX_DETAIL, SIDE, WORDS, same_view, thumbnail
 
 MAX_BITS, MAX_SHARE, MAX_LEVELS, DEAD_ZONE = 24, 0.4, 12.0, 4
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
@@ -45,11 +45,11 @@ def look(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         DataError: it cannot be decoded.
     """
     image = open_rgb(path, background=(122, 116, 104), at_least=64)
-    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX), np.int16)
+    plain = image.convert("L")
+    grey = np.asarray(plain.resize((17, 16), Image.Resampling.BOX), np.int16)
     rises = (grey[:, 1:] - grey[:, :-1] > DEAD_ZONE).reshape(-1)
     colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.uint8).reshape(-1)
-    small = thumbnail(image)
-    return np.packbits(rises).view(np.uint64), colours, small, detail_of(small)
+    return np.packbits(rises).view(np.uint64), colours, *thumbnail(plain)
 
 
 def look_at(task: tuple[list[str], Path]) -> Looks:

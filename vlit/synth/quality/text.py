@@ -20,7 +20,7 @@ from vlit.errors import DataError
 from vlit.synth.quality.annotations import Annotations, region_names
 from vlit.synth.quality.correctness import CHECKS, agreement_of, asked_of, leaks, yes_or_no
 from vlit.synth.quality.form import forms_of, without_form
-from vlit.synth.quality.ngrams import Said, distinct_ngrams, known_sequences, word_hashes
+from vlit.synth.quality.ngrams import MAX_WORDS, Said, distinct_ngrams, known_sequences, word_hashes
 from vlit.synth.quality.sketches import ASKED, FORM, WORD, band_keys, hash_text
 from vlit.synth.quality.words import (
     COLOURS,
@@ -35,7 +35,6 @@ from vlit.synth.quality.words import (
     subjects,
     tokens,
 )  # fmt: skip
-from vlit.types import Turn
 
 HALF = {"turns": 4.0, "answer_words": 60.0, "objects": 5.0, "relations": 3.0, "reasoning": 2.0}
 COUNTS = ("turns", "question_words", "answer_words", "objects", "relations", "reasoning", "leaks", "claims")
@@ -136,14 +135,14 @@ def measure_chunk(raws: list[tuple[int, bytes]], context: Context) -> Chunk:
         row, words = _texts(record, chunk, said, templates, answers, labels)
         if plain is not None:
             plain.owner = place
-            for turn in record.turns:
-                plain.add(tokens(_without_form(turn)))
+            for said_words in _without_form(record, words):
+                plain.add(said_words)
         rows.append(row | _agreement(record, chunk, context) | _pictures(record, context))
         for name, value in _fields(record, context).items():
             fields[name].append(value)
         shown = [context.same_image.get(image, image) for image in record.images]
         exact.append(hash_text("\n".join([*shown, *words])))
-        sets.append(_bag(record, shown))
+        sets.append(_bag(record, words, shown))
     for size, (count, registers) in enumerate(distinct_ngrams(said)):
         chunk.ngrams[size] += count
         chunk.distinct.append(registers)
@@ -202,25 +201,29 @@ def _texts(
     return row, normal
 
 
-def _without_form(turn: Turn) -> str:
-    return (without_form(turn.text) if turn.role == "user" else turn.text).replace("<image>", " ")
+def _without_form(record: Record, normal: list[str]) -> list[list[str]]:
+    """Words of every normalised turn, without what asks for a form of answer."""
+    found = []
+    for turn, words in zip(record.turns, normal, strict=True):
+        kept = without_form(turn.text) if turn.role == "user" else turn.text
+        found.append(words.split() if kept == turn.text else tokens(kept.replace("<image>", " ")))
+    return found
 
 
-def _bag(record: Record, shown: list[str]) -> np.ndarray:
+def _bag(record: Record, normal: list[str], shown: list[str]) -> np.ndarray:
     """Hashes of the content words of a record of these pictures; with the mark ``FORM``, of the forms of answer it asks for.
 
     Of a record with one question, the things, colours, numbers and names of the question bear the mark ``ASKED``.
     """
-    words = sorted({word for turn in record.turns for word in meaning(tokens(_without_form(turn)))}) or ["(nothing)"]
+    words = sorted({word for turn in _without_form(record, normal) for word in meaning(turn)})[:MAX_WORDS] or [
+        "(nothing)"
+    ]
     questions = [turn.text for turn in record.turns if turn.role == "user"]
     forms = sorted({form for question in questions for form in forms_of(question)})
-    hashes = word_hashes(words)
-    marks = np.zeros(len(hashes), np.uint64)
-    if len(questions) == 1:
-        about = subjects(tokens(asked_of(questions[0])))
-        marks[[word in about for word in words[: len(hashes)]]] = ASKED
-    hashes = np.r_[hashes, word_hashes([f"(form) {form}" for form in forms])]
-    return (hashes ^ np.uint64(hash_text("|".join(shown)))) & WORD | np.r_[marks, np.full(len(forms), FORM)]
+    about = subjects(tokens(asked_of(questions[0]))) if len(questions) == 1 else ()
+    marks = [int(ASKED) if word in about else 0 for word in words] + [int(FORM)] * len(forms)
+    hashes = word_hashes([*words, *(f"(form) {form}" for form in forms)])
+    return (hashes ^ np.uint64(hash_text("|".join(shown)))) & WORD | np.array(marks, np.uint64)
 
 
 def _agreement(record: Record, chunk: Chunk, context: Context) -> dict[str, float]:

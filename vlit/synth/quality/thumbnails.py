@@ -14,12 +14,12 @@ The fit is what lets a copy pass from which an edge was cut. Shape letters: N pi
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 SIDE = 48
 WORDS = SIDE * SIDE // 64
 """uint64 words of the bits of detail."""
-LIGHTER, MAX_DETAIL, MAX_LEFT, MAX_SHIFT = 2.0, 0.36, 0.33, 2.0
+LIGHTER, MAX_DETAIL, MAX_LEFT, MAX_SHIFT = 2, 0.36, 0.33, 2.0
 """Dead zone of the detail; bits that may differ; largest difference in ranges of greys; largest shift in places."""
 MIN_GAIN, MAX_GAIN, FLAT = 0.5, 2.0, 8.0
 """Contrast of one against the other; range of greys up to which a thumbnail is blank."""
@@ -27,17 +27,12 @@ _STEPS = 2
 _AXIS = (np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2) / (SIDE / 2)
 
 
-def thumbnail(image: Image.Image) -> np.ndarray:
-    """uint8 [S, S]: mean greys of a picture."""
-    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), np.uint8)
-
-
-def detail_of(grey_SS: np.ndarray) -> np.ndarray:
-    """uint64 [S * S / 64]: bits of the places that are lighter than what is around them."""
-    around = np.pad(grey_SS.astype(np.float32), 2, mode="edge")
-    rows = np.sum([around[at : at + SIDE] for at in range(5)], axis=0)
-    mean = np.sum([rows[:, at : at + SIDE] for at in range(5)], axis=0) / 25
-    return np.packbits(grey_SS - mean > LIGHTER).view(np.uint64)
+def thumbnail(grey: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Mean greys, uint8 [S, S], of a grey picture, and uint64 [S * S / 64]: bits of its detail."""
+    small = grey.resize((SIDE, SIDE), Image.Resampling.BOX)
+    around = np.asarray(small.filter(ImageFilter.BoxBlur(2)), np.int16)
+    values = np.asarray(small, np.uint8)
+    return values, np.packbits(values - around > LIGHTER).view(np.uint64)
 
 
 def same_view(left: np.ndarray, right: np.ndarray) -> np.ndarray:
