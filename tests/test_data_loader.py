@@ -158,31 +158,21 @@ def test_a_bad_image_ends_the_run_with_one_line_that_names_the_record(tmp_path: 
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_quarantine_leaves_bad_records_out_and_lists_each_once(tmp_path: Path, spec_path: str, world_size: int):
-    manifest = tmp_path / "quarantine.jsonl"
-    policy = {"on_bad_sample": "quarantine", "quarantine_budget": 0.9}
+def test_quarantine_leaves_bad_records_out_and_names_each_in_its_step(tmp_path: Path, spec_path: str, world_size: int):
+    policy = {"on_bad_sample": "quarantine"}
     clean = list(make_loader(tmp_path, spec_path))
     damage(tmp_path, 2)
     steps = [
-        list(make_loader(tmp_path, spec_path, data=policy, quarantine_path=manifest, rank=rank, world_size=world_size))
+        list(make_loader(tmp_path, spec_path, data=policy, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     records = json.loads((tmp_path / "data.json").read_text())
     bad = {record["id"] for record in records if "img/2.png" in record.get("image", [])}
     kept = [name for rank in steps for name in samples_of(rank)]
     assert sorted(kept) == sorted(name for name in samples_of(clean) if name not in bad)
-    listed = [json.loads(line)["id"] for line in manifest.read_text().splitlines()]
-    assert sorted(listed) == sorted(bad)
     assert len(bad) > 5
-    reported = sum(len(step.quarantined) for rank in steps for step in rank)
-    assert reported == sum(name in bad for name in samples_of(clean))
-
-
-def test_the_budget_ends_the_run_while_loading(tmp_path: Path, spec_path: str):
-    loader = make_loader(tmp_path, spec_path, data={"on_bad_sample": "quarantine", "quarantine_budget": 0.05})
-    damage(tmp_path, 1, 2)
-    with pytest.raises(DataError, match=r"\d+ of 50 records are quarantined .* more than data.quarantine_budget 5.00%"):
-        list(loader)
+    met = [(step.step + 1, name) for step in clean for name in samples_of([step]) if name in bad]
+    assert sorted((e.step, e.id) for rank in steps for step in rank for e in step.quarantined) == sorted(met)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path):
@@ -281,7 +271,7 @@ def mixture_of(folder: Path, records: list[dict[str, Any]], data: DataConfig) ->
 def test_check_reports_lengths_and_shares(tmp_path: Path, spec_path: str):
     loader = make_loader(tmp_path, spec_path)
     tokenizer = loader._steps.tokenizer
-    report = check_supervision(loader._mixture, tokenizer, loader._data, 512)
+    report = check_supervision(loader._mixture, tokenizer, loader._steps.data, 512)
     source = loader._mixture.sources[0]
     tokenized = [tokenizer.tokenize(source.sample(index)) for index in range(len(source))]
     lengths = [len(sample) for sample in tokenized]

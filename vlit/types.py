@@ -188,12 +188,27 @@ class PackedBatch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))  # type: ignore[call-overload]
 
 
+@dataclass(frozen=True)
+class QuarantineEntry:
+    """A bad record that was left out: one line of ``quarantine.jsonl``."""
+
+    source: str
+    file: str
+    record: int
+    id: str | None
+    reason: str
+    found: Literal["reading", "doctor", "loading"]
+    """While the dataset file was read, by ``vlit doctor``, or later, when a step was loaded."""
+    step: int | None = None
+    """The step that met it first, counted from 1; of those found while loading."""
+
+
 @dataclass(slots=True)
 class StepBatch:
     """What one optimizer step consumes on this rank: its micro-batches and what happened to its records."""
 
     step: int  # 0-based step of the stage
     micro_batches: list[PackedBatch]
-    quarantined: list[tuple[str, str]] = field(default_factory=list)  # (record, reason)
+    quarantined: list[QuarantineEntry] = field(default_factory=list)
     dropped_turns: int = 0
     cut_tokens: int = 0

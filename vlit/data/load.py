@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from vlit.data.load_workers import Fetched, Whereabouts, cause_of, init_worker
 from vlit.data.mixture import Mixture
 from vlit.data.pack import pack
 from vlit.data.share import Tree, share_prefixes, single
-from vlit.data.source import RecordSource, check_budget, write_quarantine
+from vlit.data.source import RecordSource
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError, VlitError
 from vlit.types import StepBatch, TokenizedSample
@@ -50,7 +49,6 @@ class StepLoader:
         global_batch: records per step over all ranks.
         micro_batch_tokens: most tokens of a packed row (a longer sample has a row of its own).
         num_workers: default ``data.num_workers``.
-        quarantine_path: manifest that records found bad while loading are added to (policy ``quarantine``).
     """
 
     def __init__(
@@ -66,15 +64,11 @@ class StepLoader:
         start_step: int = 0,
         total_steps: int,
         num_workers: int | None = None,
-        quarantine_path: Path | None = None,
     ) -> None:
         self.start_step = start_step
         self.total_steps = total_steps
         self.num_workers = resolve_num_workers(data.num_workers if num_workers is None else num_workers)
-        self._data = data
         self._mixture = mixture
-        self._quarantine_path = quarantine_path
-        self._bad: dict[int, set[int]] = {}
         self._running: Any = None
         self._steps = _Steps(
             mixture, tokenizer, data,
@@ -132,23 +126,10 @@ class StepLoader:
         where = f"at {self._mixture.sources[number].place(record)}, " if number >= 0 else ""
         return f"{where}in step {step + 1},"
 
-    def _checked(self, fetched: Fetched) -> StepBatch:
+    @staticmethod
+    def _checked(fetched: Fetched) -> StepBatch:
         if fetched.error is not None or fetched.batch is None:
             raise DataError(fetched.error or "the loader returned no batch")
-        new = []
-        for number, record, entry in fetched.bad:
-            seen = self._bad.setdefault(number, set())
-            if record not in seen:
-                seen.add(record)
-                new.append(entry)
-        if new and self._quarantine_path is not None:
-            write_quarantine(self._quarantine_path, new)
-        for number in {number for number, _, _ in fetched.bad}:
-            source = self._mixture.sources[number]
-            num_bad = source.num_quarantined + len(self._bad[number])
-            num_all = source.num_quarantined + len(source)
-            entries = [entry for entry in new if entry.source == source.name]
-            check_budget(source.name, num_bad, num_all, self._data.quarantine_budget, self._quarantine_path, entries)
         return fetched.batch
 
 
@@ -172,7 +153,7 @@ class _Steps(Dataset[Fetched]):
         try:
             return self._make(step)
         except VlitError as error:
-            return Fetched(step, None, [], error=str(error))
+            return Fetched(step, None, error=str(error))
         finally:
             self._note(step)
 
@@ -183,7 +164,7 @@ class _Steps(Dataset[Fetched]):
     def _make(self, step: int) -> Fetched:
         records = self.mixture.step_records(step, self.global_batch)
         result = StepBatch(step=step, micro_batches=[])
-        fetched = Fetched(step, result, [])
+        fetched = Fetched(step, result)
         samples: dict[int, TokenizedSample] = {}
         for place, (number, record) in enumerate(records):
             source = self.mixture.sources[number]
@@ -258,12 +239,10 @@ class _Steps(Dataset[Fetched]):
 
     def _bad(self, fetched: Fetched, number: int, record: int, reason: str, *, report: bool) -> None:
         source = self.mixture.sources[number]
-        place = source.place(record)
         if self.data.on_bad_sample == "error":
             raise DataError(
-                f"{place}: {reason.rstrip('.')}. Fix the record, or set data.on_bad_sample: quarantine (now: error; "
-                f"{source.num_quarantined} quarantined so far)."
+                f"{source.place(record)}: {reason.rstrip('.')}. Fix the record, or set data.on_bad_sample: quarantine (now: "
+                f"error; {source.num_quarantined} quarantined so far)."
             )
         if report and fetched.batch is not None:
-            fetched.bad.append((number, record, source.quarantine_entry(record, reason)))
-            fetched.batch.quarantined.append((place, reason))
+            fetched.batch.quarantined.append(source.quarantine_entry(record, reason, fetched.step + 1))

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from vlit.data.source import QuarantineEntry
 from vlit.types import StepBatch
 
 ORPHAN_SECONDS = 600
@@ -57,7 +56,6 @@ class Fetched:
 
     step: int
     batch: StepBatch | None
-    bad: list[tuple[int, int, QuarantineEntry]]  # source, record number in it
     error: str | None = None
 
     def pin_memory(self, device: object = None) -> Fetched:
@@ -69,7 +67,7 @@ class Fetched:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with all its tensors in one."""
         if self.batch is None:
-            return Fetched, (self.step, None, self.bad, self.error)
+            return Fetched, (self.step, None, self.error)
         raw: list[Tensor] = []
         end = 0
 
@@ -86,7 +84,6 @@ class Fetched:
         return _unpacked, (
             self.step,
             replace(self.batch, micro_batches=rows),
-            self.bad,
             torch.cat(raw) if raw else None,
         )
 
@@ -95,13 +92,13 @@ _ALIGNMENT = 64
 """Bytes; a tensor must begin at a multiple of its values' size."""
 
 
-def _unpacked(step: int, batch: StepBatch, bad: list[tuple[int, int, QuarantineEntry]], raw: Tensor | None) -> Fetched:
+def _unpacked(step: int, batch: StepBatch, raw: Tensor | None) -> Fetched:
     def take(place: Any) -> Tensor:
         assert raw is not None
         num_bytes = place.shape.numel() * place.dtype.itemsize
         return raw[place.offset : place.offset + num_bytes].view(place.dtype).view(place.shape)
 
-    return Fetched(step, replace(batch, micro_batches=[row.map(take) for row in batch.micro_batches]), bad)
+    return Fetched(step, replace(batch, micro_batches=[row.map(take) for row in batch.micro_batches]))
 
 
 class Whereabouts:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,24 +13,12 @@ from vlit.data.doctor.manifest import entries_for
 from vlit.data.formats._base import place_of
 from vlit.data.images import resolve_image
 from vlit.data.index import MAX_BAD_LISTED, ArrowRows, IndexInfo, build_or_open_index
+from vlit.data.quarantine import check_budget, write_quarantine
 from vlit.data.shuffle import permutation, stream_key
 from vlit.errors import DataError
-from vlit.types import Sample, Turn
+from vlit.types import QuarantineEntry, Sample, Turn
 
 NUM_PROBED = 16
-
-
-@dataclass(frozen=True)
-class QuarantineEntry:
-    """One line of ``quarantine.jsonl``."""
-
-    source: str
-    file: str
-    record: int
-    id: str | None
-    reason: str
-    found: Literal["reading", "doctor", "loading"]
-    """While the dataset file was read, by ``vlit doctor``, or later, when a step was loaded."""
 
 
 class RecordSource:
@@ -107,10 +92,10 @@ class RecordSource:
         row = self._row(index)
         return f'{self.path.name}#{row["record"]} (id "{row["id"]}")'
 
-    def quarantine_entry(self, index: int, reason: str) -> QuarantineEntry:
-        """The manifest line of a record that was found bad while loading."""
+    def quarantine_entry(self, index: int, reason: str, step: int) -> QuarantineEntry:
+        """The line of a record that was found bad while step ``step`` (counted from 1) was loaded."""
         row = self._row(index)
-        return QuarantineEntry(self.name, str(self.path), row["record"], row["id"], reason, "loading")
+        return QuarantineEntry(self.name, str(self.path), row["record"], row["id"], reason, "loading", step)
 
     def image_path(self, image: str) -> Path:
         """The file of an image reference; DataError when it leaves the image folder."""
@@ -264,36 +249,3 @@ def _probe_images(source: RecordSource, *, strict: bool) -> None:
             f"{len(missing)} of {looked} images looked for do not exist, for example {missing[0]}. Set images: of data "
             f"source {source.name} (now {root}) to the right folder, or download the images."
         )
-
-
-def check_budget(
-    name: str, num_bad: int, num_all: int, budget: float, manifest: Path | None, entries: list[QuarantineEntry]
-) -> None:
-    """DataError when more than the share ``budget`` of a dataset is quarantined; names the counts and two reasons."""
-    if num_bad <= budget * num_all:
-        return
-    reasons = "; ".join(f'record {e.record} (id "{e.id}"): {e.reason}' for e in entries[:2])
-    where = f" All are listed in {manifest}." if manifest else ""
-    raise DataError(
-        f"{name}: {num_bad} of {num_all} records are quarantined ({num_bad / num_all:.2%}), more than "
-        f"data.quarantine_budget {budget:.2%} allows. First: {reasons}.{where} Fix the dataset, or raise the budget."
-    )
-
-
-def write_quarantine(path: Path, entries: list[QuarantineEntry], *, replace_source: str | None = None) -> None:
-    """Add lines to the list, none twice. With ``replace_source`` the lines that opening that source wrote before go
-    first; those found while loading stay, because the steps that met them are not repeated when a run is resumed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
-    kept = [row for row in held if row["source"] != replace_source or row["found"] == "loading"]
-    known = {(row["source"], row["record"]) for row in kept}
-    new = [asdict(entry) for entry in entries if (entry.source, entry.record) not in known]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (kept + new if len(kept) < len(held) else new)]
-    if len(kept) == len(held):  # several ranks may add lines; a short append is not torn apart
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-        return
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text("".join(lines), encoding="utf-8")
-    os.replace(aside, path)

@@ -15,12 +15,13 @@ from vlit.data.formats._base import BadRow, FormatConfig, place_of, record_of
 from vlit.data.images import resolve_image
 from vlit.data.index import MAX_BAD_LISTED
 from vlit.data.join import join_turns
+from vlit.data.quarantine import check_budget, write_quarantine
 from vlit.data.record import Record
-from vlit.data.source import QuarantineEntry, check_budget, write_quarantine
 from vlit.data.writers import write_llava, write_parquet
 from vlit.durable import make_folder
 from vlit.errors import ConfigError, DataError
 from vlit.registry import FORMATS
+from vlit.types import QuarantineEntry
 
 
 def convert(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -198,6 +199,7 @@ def _collect_rows(
     preview: PreviewStage, run: RunConfig, mixture: Mixture[RecordSource], tokenizer: SampleTokenizer, *, steps: int
 ) -> None:
     """Packed rows of the first steps, made by the training loader itself."""
+    from vlit.data.formats._base import place_of
     from vlit.data.load import StepLoader
 
     config = run.stages[preview.name]
@@ -217,7 +219,8 @@ def _collect_rows(
             preview.notes.append(f"Step {step + 1} cannot be packed: {error}")
             return
         preview.rows += [packed_row(row, step=step, capacity=config.micro_batch_tokens) for row in batch.micro_batches]
-        preview.notes += [f"Left out (quarantine): {place}: {reason}" for place, reason in batch.quarantined]
+        for bad in batch.quarantined:
+            preview.notes.append(f"Left out (quarantine): {place_of(Path(bad.file), bad.record, bad.id)}: {bad.reason}")
 
 
 def packed_row(batch: PackedBatch, *, step: int, capacity: int) -> PreviewRow:

@@ -59,13 +59,33 @@ def log_line(row: dict[str, Any], *, total_steps: int, eta_seconds: float, memor
     return "  ".join(fields)
 
 
-class MetricsFile:
-    """``metrics.jsonl``: appended row by row. On resume, rows past the checkpoint are taken back first."""
+class LinesFile:
+    """A file that grows by lines. On a full disk they wait for the next ones: training does not end for want of a line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting, self._told = "", False
         path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, lines: str) -> None:
+        """Whole lines, flushed."""
+        self._waiting += lines
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            if not self._told:
+                print(f"warning: {describe_os_error(error, self.path)}; its lines are kept for later.", file=sys.stderr)
+            self._told = True
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # no half line
+            return
+        self._waiting, self._told = "", False
+
+
+class MetricsFile(LinesFile):
+    """``metrics.jsonl``: appended row by row. On resume, rows past the checkpoint are taken back first."""
 
     def keep_until(self, stage: str, step: int) -> None:
         """Drop this stage's rows after ``step``, atomically, so that a resumed run has each step once."""
@@ -84,20 +104,8 @@ class MetricsFile:
         os.replace(aside, self.path)
 
     def append(self, row: dict[str, Any]) -> None:
-        """One row, flushed. On a full disk it waits for the next one: training does not end for want of a line."""
-        self._waiting += json.dumps(row) + "\n"
-        size = self.path.stat().st_size if self.path.is_file() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
-        except OSError as error:
-            if not self._told:
-                print(f"warning: {describe_os_error(error, self.path)}; its lines are kept for later.", file=sys.stderr)
-            self._told = True
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # no half line
-            return
-        self._waiting, self._told = "", False
+        """One row."""
+        self.add(json.dumps(row) + "\n")
 
 
 class Progress:

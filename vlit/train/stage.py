@@ -23,6 +23,7 @@ from vlit.train.distributed import Ranks, seed_step
 from vlit.train.engine import Engine
 from vlit.train.metrics import MetricsFile, Progress, log_line, memory_used
 from vlit.train.optimizer import learning_rate_factor
+from vlit.train.quarantine import Quarantine
 from vlit.train.saving import FAILED, WRITING, StateSaver
 from vlit.train.signals import Interrupted
 from vlit.train.step import StepResult, train_step
@@ -62,6 +63,7 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; a checkpoint was written first.
         TrainingError: too many non-finite steps.
+        DataError: more records were left out than ``data.quarantine_budget`` allows.
         CheckpointError: too many failed saves, or a checkpoint of another configuration.
     """
     config, data, ranks, watchdog = stage.config, run.data_for(stage.name), tools.ranks, tools.watchdog
@@ -90,7 +92,9 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
         world_size=ranks.world_size,
         start_step=position.step,
         total_steps=stage.total_steps,
-        quarantine_path=stage.folder / "quarantine.jsonl",
+    )
+    quarantine = Quarantine(
+        stage.folder / "quarantine.jsonl", stage.mixture.sources, data.quarantine_budget, ranks, step=position.step
     )
     saver = StateSaver(stage.folder / "state", stage.identity, config.checkpoint, ranks, stage.strategy)
     started = saved_at = time.monotonic()
@@ -111,6 +115,8 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
                 sources=sources,
                 phase=watchdog.phase,
             )
+            if result.quarantined:
+                quarantine.add(batch.quarantined)
             seconds = time.perf_counter() - clock
             position = replace(
                 position,
@@ -248,7 +254,7 @@ def _row(
         "fill": sum(row.num_tokens for row in batch.micro_batches) / capacity,
         "dropped_turns": batch.dropped_turns,
         "cut_tokens": batch.cut_tokens,
-        "quarantined": len(batch.quarantined),
+        "quarantined": result.quarantined,
     }
 
 

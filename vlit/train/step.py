@@ -29,6 +29,7 @@ class StepResult:
     tokens: int  # positions computed
     images: int
     samples: int
+    quarantined: int  # records left out
     sample_tokens: int  # tokens of the samples, each with its whole prefix: what separate rows would compute
     flops: float
     rank_balance: float  # mean over largest work of a rank; 1: no rank waits for another
@@ -63,6 +64,7 @@ def train_step(
             sum(row.num_samples for row in rows),
             sum(row.num_sample_tokens for row in rows),
             sum(flops.of(row) for row in rows),
+            len(batch.quarantined),
             *costs,
         ],
         dtype=torch.float64,
@@ -87,7 +89,7 @@ def train_step(
     else:  # on all ranks alike: every record of the step was left out
         norms = {part: torch.zeros((), device=ranks.device) for part in (*engine.peak_lr, "total")}
     by_source = ranks.sum(by_source)
-    label_tokens, tokens, images, samples, sample_tokens, useful, *costs = counts.tolist()
+    label_tokens, tokens, images, samples, sample_tokens, useful, quarantined, *costs = counts.tolist()
     mean_loss = float(by_source[:, 0].sum()) / max(label_tokens, 1.0)
     finite = bool(torch.isfinite(norms["total"])) and math.isfinite(mean_loss)
     phase("update", collective=engine.lockstep)
@@ -103,6 +105,7 @@ def train_step(
         tokens=int(tokens),
         images=int(images),
         samples=int(samples),
+        quarantined=int(quarantined),
         sample_tokens=int(sample_tokens),
         flops=useful,
         rank_balance=sum(costs) / (len(costs) * max(costs)) if max(costs) else 1.0,
