@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_train_run import interrupt_after
-from tests.tiny_run import tiny_run
+from tests.test_train_run import assert_same_bits, interrupt_after
+from tests.tiny_run import losses_of, tiny_run
 from vlit.errors import CheckpointError, DataError, TrainingError
 from vlit.models.artifact import load_model
+from vlit.train import run as run_module
 from vlit.train.cluster.preflight import preflight
 from vlit.train.distributed import start_ranks
 from vlit.train.identity import data_identities, open_data
@@ -70,3 +71,32 @@ def test_one_stage_alone_needs_no_data_of_those_after_it_and_a_finished_one_none
     run_training(tiny_run(tiny_dir, tmp_path, *words, "stages.instruct.data=[{path: gone.json}]"), only="align")
     run_training(tiny_run(tiny_dir, tmp_path, *words, "stages.align.validation.data=[{path: unheard.json}]"))
     assert (tmp_path / "instruct" / "done.json").is_file()
+
+
+@pytest.mark.parametrize("moment", ["open_data", "model_of_stage", "last step"])
+def test_a_signal_between_steps_ends_the_run_before_another_step_and_costs_nothing(
+    moment: str, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("stages.align.max_steps=2", "stages.instruct.max_steps=2")
+    straight, run = (tiny_run(tiny_dir, tmp_path / name, *words) for name in ("straight", "out"))
+    run_training(straight)
+    with monkeypatch.context() as patch:
+        if moment == "last step":  # the stage's model is still written
+            interrupt_after(patch, "align", 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        else:
+            real = getattr(run_module, moment)
+
+            def signalled(*words: object, **named: object) -> object:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                return real(*words, **named)
+
+            patch.setattr(run_module, moment, signalled)
+        with pytest.raises(Interrupted) as stopped:
+            run_training(run)
+    assert stopped.value.exit_code == 138
+    trained = losses_of(run) if (tmp_path / "out" / "metrics.jsonl").exists() else []
+    assert [(stage, step) for stage, step, _ in trained] == (
+        [("align", 1), ("align", 2)] if moment == "last step" else []
+    )
+    run_training(run)
+    assert_same_bits(tmp_path / "straight" / "instruct" / "model", tmp_path / "out" / "instruct" / "model")

@@ -50,6 +50,7 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
 
     Raises:
         TrainingError, CheckpointError, DataError, ModelError: before any training, when something does not fit.
+        Interrupted: a signal asked to stop, in a step or before the first one of a stage.
     """
     ranks = start_ranks(run.runtime)
     out = Path(run.output_dir)
@@ -88,6 +89,7 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
     if run.runtime.preflight:
         watchdog.phase("preflight", allow_s=WITHOUT_LIMIT)
         preflight(run, ranks, identities=data_identities(opened), problems=problems, only=only)
+    tools.stop_if_asked()
     identity: Any = None
     folder: Path | None = None
     for name in run.stages:
@@ -113,6 +115,7 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
         write_plan(out, name, mixture, tokenizer, run, total, ranks)
         watchdog.phase("load weights", allow_s=WITHOUT_LIMIT)
         tuned = model_of_stage(run, name, previous / "model" if previous else None, dtype, strategy, ranks)
+        tools.stop_if_asked()
         print_parts(tuned, name, out, ranks)
         ranks.on_main(partial(_check_room, folder, tuned, config))
         tools.peak = tools.peak or matmul_peak(ranks.device, dtype)
@@ -127,6 +130,8 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
         del engine, tuned, weights
         if name == only:
             break
+        if name != list(run.stages)[-1]:
+            tools.stop_if_asked()
     for tracker in tools.trackers:
         tracker.finish()
     assert folder is not None

@@ -56,12 +56,19 @@ class Tools:
     stop: list[int]  # the signal that asked to stop, once one has
     peak: float  # matmul FLOP/s of one rank
 
+    def stop_if_asked(self) -> None:
+        """Between steps, where nothing has to be saved. Interrupted on every rank when one of them was asked to stop."""
+        signum = self.ranks.max([self.stop[0] if self.stop else 0])[0]
+        if signum:
+            self.ranks.barrier()  # the first rank that ends makes torchrun signal the others
+            raise Interrupted(signum)
+
 
 def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunConfig, tools: Tools) -> Position:
     """Run the stage's remaining steps and leave the trained weights in the engine.
 
     Raises:
-        Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; a checkpoint was written first.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; what was trained is in a checkpoint.
         TrainingError: too many non-finite steps.
         DataError: more records were left out than ``data.quarantine_budget`` allows.
         CheckpointError: too many failed saves, or a checkpoint of another configuration.
@@ -97,6 +104,7 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
         stage.folder / "quarantine.jsonl", stage.mixture.sources, data.quarantine_budget, ranks, step=position.step
     )
     saver = StateSaver(stage.folder / "state", stage.identity, config.checkpoint, ranks, stage.strategy)
+    tools.stop_if_asked()
     started = saved_at = time.monotonic()
     with saver, loader.naming_lost_workers():
         clock = time.perf_counter()
