@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from tests.test_train_run import assert_same_bits, interrupt_after
 from tests.tiny_run import losses_of, tiny_run
 from vlit.errors import CheckpointError, DataError, TrainingError
 from vlit.models.artifact import load_model
+from vlit.train import prepare
 from vlit.train import run as run_module
 from vlit.train.cluster.preflight import preflight
 from vlit.train.distributed import start_ranks
@@ -69,6 +71,7 @@ def test_one_stage_alone_needs_no_data_of_those_after_it_and_a_finished_one_none
 ) -> None:
     words = ("stages.align.max_steps=1", "stages.instruct.max_steps=1")
     run_training(tiny_run(tiny_dir, tmp_path, *words, "stages.instruct.data=[{path: gone.json}]"), only="align")
+    run_training(tiny_run(tiny_dir, tmp_path, *words), only="align")  # it is finished already
     run_training(tiny_run(tiny_dir, tmp_path, *words, "stages.align.validation.data=[{path: unheard.json}]"))
     assert (tmp_path / "instruct" / "done.json").is_file()
 
@@ -100,3 +103,42 @@ def test_a_signal_between_steps_ends_the_run_before_another_step_and_costs_nothi
     )
     run_training(run)
     assert_same_bits(tmp_path / "straight" / "instruct" / "model", tmp_path / "out" / "instruct" / "model")
+
+
+def test_a_refused_start_leaves_every_file_of_the_run_as_it_was(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = ("stages.align.max_steps=1",)
+    run = tiny_run(tiny_dir, out, *words)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, "instruct", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run_training(run)
+
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    before = files()
+    assert {"config.yaml", "data_plan.json", "parts.json", "instruct/state/step-2/state.json"} <= before.keys()
+    for other, difference in (
+        ("stages.align.lr=0.5", r"done\.json was written under another configuration: stage\.lr"),
+        ("stages.instruct.lr=0.5", r"step-2 was written under another configuration: stage\.lr"),
+    ):
+        with pytest.raises(CheckpointError, match=difference):
+            run_training(tiny_run(tiny_dir, out, *words, other))
+        assert files() == before
+    monkeypatch.setattr(prepare, "fingerprints", lambda model: {"connector": "another"})
+    with pytest.raises(CheckpointError, match=r"step-2 was written under another configuration: base\.connector"):
+        run_training(tiny_run(tiny_dir, out, *words, "data.check_samples=9"))
+    assert files() == before
+
+
+def test_a_table_cut_short_is_begun_anew(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("data_plan.json", "parts.json"):
+        (tmp_path / name).write_text('{"align": {"rows": [')
+    run_training(tiny_run(tiny_dir, tmp_path, "stages.align.max_steps=1", "stages.instruct=null"))
+    assert capsys.readouterr().err.count("it is begun anew") == 2
+    assert [list(json.loads((tmp_path / name).read_text())) for name in ("data_plan.json", "parts.json")] == [
+        ["align"]
+    ] * 2

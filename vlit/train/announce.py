@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vlit.config.schema import RunConfig
 from vlit.data.check import check_supervision
 from vlit.data.stage_order import share_at_most
@@ -17,17 +19,19 @@ from vlit.train.distributed import Ranks
 from vlit.train.prepare import Tuned
 
 
-def write_plan(
-    out: Path, name: str, mixture: Any, tokenizer: SampleTokenizer, run: RunConfig, total: int, ranks: Ranks
-) -> None:
-    """Look at samples before compute is spent; print and save what the stage will see."""
+def look_at_data(
+    name: str, mixture: Any, tokenizer: SampleTokenizer, run: RunConfig, total: int, ranks: Ranks
+) -> dict[str, Any]:
+    """Look at samples before compute is spent; print what the stage will see, and give it for ``data_plan.json``.
+
+    Raises:
+        DataError: too many samples have nothing to learn.
+    """
     stage = run.stages[name]
     report = check_supervision(
         mixture, tokenizer, run.data_for(name), run.data.check_samples, global_batch=stage.global_batch,
         max_tokens=stage.micro_batch_tokens,
     )  # fmt: skip
-    if not ranks.is_main:
-        return
     plan = {
         "sources": [
             {
@@ -45,7 +49,8 @@ def write_plan(
         "steps": total,
         **report.as_dict(),
     }
-    _merge_json(out / "data_plan.json", name, plan)
+    if not ranks.is_main:
+        return plan
     sources = ", ".join(f"{s.name} {len(s):,}" for s in mixture.sources)
     print(
         f"{name}: {sources} records; {total:,} steps of {stage.global_batch}; "
@@ -62,15 +67,28 @@ def write_plan(
             f"{100 * report.shared_share:.0f}% of the tokens and {100 * report.shared_images:.0f}% of the image encodings",
             file=sys.stderr,
         )
+    return plan
 
 
-def print_parts(tuned: Tuned, name: str, out: Path, ranks: Ranks) -> None:
+def write_down(run: RunConfig, name: str, plan: dict[str, Any], tuned: Tuned) -> None:
+    """Configuration, data and parts of a stage into the output folder, once it is accepted: a refused start changes nothing."""
+    out = Path(run.output_dir)
+    write_config(run)
+    _merge_json(out / "data_plan.json", name, plan)
+    _merge_json(out / "parts.json", name, rows_as_dicts(tuned.rows))
+
+
+def write_config(run: RunConfig) -> None:
+    """``config.yaml``, the resolved configuration."""
+    replace_file(Path(run.output_dir) / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+
+
+def print_parts(tuned: Tuned, name: str, ranks: Ranks) -> None:
     from rich.console import Console
     from rich.table import Table
 
     if not ranks.is_main:
         return
-    _merge_json(out / "parts.json", name, rows_as_dicts(tuned.rows))
     table = Table(title=f"stage {name}", title_justify="left")
     for column in ("part", "module", "mode", "parameters", "trained", "peak lr", "dtype"):
         table.add_column(column, justify="right" if column in ("parameters", "trained", "peak lr") else "left")
@@ -81,6 +99,10 @@ def print_parts(tuned: Tuned, name: str, out: Path, ranks: Ranks) -> None:
 
 
 def _merge_json(path: Path, key: str, value: Any) -> None:
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    held[key] = value
-    replace_file(path, json.dumps(held, indent=2))
+    held: Any = {}
+    if path.is_file():
+        try:
+            held = json.loads(path.read_bytes())
+        except ValueError as error:
+            print(f"warning: {path}: cannot be read ({error}); it is begun anew.", file=sys.stderr)
+    replace_file(path, json.dumps({**(held if isinstance(held, dict) else {}), key: value}, indent=2))

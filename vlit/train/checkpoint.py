@@ -157,6 +157,25 @@ def newest_state(root: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None
     return None
 
 
+def state_of_stage(
+    root: Path, identity: dict[str, Any], ranks: Ranks, *, allow_drift: bool
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a stage goes on from (None: it begins), once what killed processes left is cleared away.
+
+    Raises:
+        CheckpointError: it was written under another identity (its ``base`` is not compared: no weights are loaded yet), or
+            no checkpoint is usable.
+    """
+    if ranks.is_main:
+        clear_leftovers(root)
+    ranks.barrier()
+    found = newest_state(root, ranks)
+    if found is not None:
+        held = {key: value for key, value in found[1]["identity"].items() if key != "base"}
+        check_identity(held, identity, where=found[0], allow_drift=allow_drift)
+    return found
+
+
 def restore_state(folder: Path, state: dict[str, Any], engine: Engine) -> Position:
     """Load a checkpoint into ``engine``. CheckpointError when it is one of other weights."""
     reader = FragmentReader([folder / name for name in state["files"]])

@@ -30,8 +30,8 @@ from vlit.models.artifact import read_manifest, save_model
 from vlit.models.assemble import model_spec
 from vlit.models.flops import matmul_peak
 from vlit.models.rope import check_lengths
-from vlit.train.announce import print_parts, write_plan
-from vlit.train.checkpoint import Position, check_identity
+from vlit.train.announce import look_at_data, print_parts, write_config, write_down
+from vlit.train.checkpoint import Position, check_identity, state_of_stage
 from vlit.train.cluster.lock import OutputLock
 from vlit.train.cluster.needs import left_by_earlier_start, room_of
 from vlit.train.cluster.preflight import preflight
@@ -68,9 +68,6 @@ def run_training(run: RunConfig, *, only: str | None = None) -> Path:
 
 def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
     out, ranks, watchdog = Path(run.output_dir), tools.ranks, tools.watchdog
-    ranks.on_main(
-        lambda: replace_file(out / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
-    )
     dtype = compute_dtype(run.runtime, ranks.device)
     strategy = effective_strategy(run.runtime, ranks.world_size)
     if strategy != run.runtime.strategy and run.runtime.strategy.startswith("zero"):
@@ -106,22 +103,31 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
             _say(
                 ranks, f"{name}: already finished ({held['steps']} steps, {format_seconds(held['seconds'])}); skipping"
             )
+            if name == only:
+                break
             continue
         if only is not None and name != only:
             raise TrainingError(
                 f"--stage {only}: its predecessor {name} is not finished in {out}. Run without --stage to train it first."
             )
         total = mixture.total_steps(config.epochs, global_batch=config.global_batch, max_steps=config.max_steps)
-        write_plan(out, name, mixture, tokenizer, run, total, ranks)
+        state = state_of_stage(folder / "state", identity, ranks, allow_drift=run.allow_config_drift)
+        plan = look_at_data(name, mixture, tokenizer, run, total, ranks)
         watchdog.phase("load weights", allow_s=WITHOUT_LIMIT)
         tuned = model_of_stage(run, name, previous / "model" if previous else None, dtype, strategy, ranks)
         tools.stop_if_asked()
-        print_parts(tuned, name, out, ranks)
+        print_parts(tuned, name, ranks)
+        base = {"base": tuned.unchanged}  # one that changed on the disk must not go on from a checkpoint
+        if state is not None:
+            held = {"base": state[1]["identity"].get("base")}
+            check_identity(held, base, where=state[0], allow_drift=run.allow_config_drift)
         ranks.on_main(partial(_check_room, folder, tuned, config))
+        ranks.on_main(partial(write_down, run, name, plan, tuned))
         tools.peak = tools.peak or matmul_peak(ranks.device, dtype)
         engine = make_engine(tuned, run, name, dtype, strategy, ranks)
-        bases = identity | {"base": tuned.unchanged}  # a base that changed on the disk must not go on from a checkpoint
-        stage = StageRun(name, config, folder, mixture, tokenizer, total, bases, strategy, opened[name].held_out)
+        stage = StageRun(
+            name, config, folder, mixture, tokenizer, total, identity | base, strategy, opened[name].held_out, state
+        )
         position = train_stage(stage, engine, tuned.flops, run, tools)
         watchdog.phase("write model", allow_s=WITHOUT_LIMIT)
         weights = engine.whole_weights()
@@ -132,6 +138,8 @@ def _run_stages(run: RunConfig, tools: Tools, only: str | None) -> Path:
             break
         if name != list(run.stages)[-1]:
             tools.stop_if_asked()
+    else:
+        ranks.on_main(partial(write_config, run))  # also where every stage was finished before
     for tracker in tools.trackers:
         tracker.finish()
     assert folder is not None

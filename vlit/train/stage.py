@@ -17,7 +17,7 @@ from vlit.data.source import RecordSource
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import TrainingError
 from vlit.models.flops import UsefulFlops
-from vlit.train.checkpoint import Position, check_identity, clear_leftovers, newest_state, restore_state
+from vlit.train.checkpoint import Position, restore_state
 from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import Ranks, seed_step
 from vlit.train.engine import Engine
@@ -44,6 +44,8 @@ class StageRun:
     identity: dict[str, Any]
     strategy: str
     held_out: Sequence[RecordSource] = ()
+    state: tuple[Path, dict[str, Any]] | None = None
+    """The checkpoint to go on from, and its ``state.json``."""
 
 
 @dataclass(slots=True)
@@ -71,12 +73,12 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
         Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; what was trained is in a checkpoint.
         TrainingError: too many non-finite steps.
         DataError: more records were left out than ``data.quarantine_budget`` allows.
-        CheckpointError: too many failed saves, or a checkpoint of another configuration.
+        CheckpointError: too many failed saves, or a checkpoint of other trainable weights.
     """
     config, data, ranks, watchdog = stage.config, run.data_for(stage.name), tools.ranks, tools.watchdog
     model, out = engine.model, Path(run.output_dir)
     watchdog.phase("resume", step=0, allow_s=WITHOUT_LIMIT)
-    position = _resume(stage, engine, run, ranks)
+    position = _resume(stage, engine, ranks)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     model.attention_backend, model.z_loss = run.runtime.attention, config.z_loss
     if run.runtime.compile:
@@ -204,16 +206,10 @@ def _validator(stage: StageRun, run: RunConfig, ranks: Ranks) -> Validator | Non
     )
 
 
-def _resume(stage: StageRun, engine: Engine, run: RunConfig, ranks: Ranks) -> Position:
-    root = stage.folder / "state"
-    if ranks.is_main:
-        clear_leftovers(root)
-    ranks.barrier()
-    found = newest_state(root, ranks)
-    if found is None:
+def _resume(stage: StageRun, engine: Engine, ranks: Ranks) -> Position:
+    if stage.state is None:
         return Position(step=0)
-    folder, state = found
-    check_identity(state["identity"], stage.identity, where=folder, allow_drift=run.allow_config_drift)
+    folder, state = stage.state
     position = restore_state(folder, state, engine)
     if ranks.is_main:
         before = f", written by {state['world_size']} ranks" if state["world_size"] != ranks.world_size else ""
