@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlit.config.schema import DataConfig, DataSource
-from vlit.data.doctor.manifest import entries_for
+from vlit.data.doctor.manifest import entries_for, rules_of
 from vlit.data.formats._base import place_of
 from vlit.data.images import resolve_image
 from vlit.data.index import MAX_BAD_LISTED, ArrowRows, IndexInfo, build_or_open_index
@@ -129,7 +129,8 @@ def open_source(
 
     Raises:
         DataError: missing or unreadable file, bad record (policy ``error``), budget exceeded (``quarantine``), a manifest
-            of another content of the file, missing image folder, or images missing among the few that are looked at.
+            of another content of the file or of other rules, missing image folder, or images missing among the few that are
+            looked at.
     """
     path = Path(source.path).expanduser()
     name = source.name or path.stem
@@ -143,7 +144,15 @@ def open_source(
     entries = [QuarantineEntry(name, str(path), bad["record"], bad["id"], bad["reason"], "reading") for bad in info.bad]
     rows, excluded = ArrowRows(info.path), np.empty(0, np.int64)
     if manifest is not None:
-        listed, excluded = _excluded(manifest, rows, info, stage=stage, source=name, path=path)
+        listed, excluded = _excluded(
+            manifest,
+            rows,
+            info,
+            stage=stage,
+            source=name,
+            path=path,
+            rules=rules_of(data, source.format, image_folder(source, path)),
+        )
         if listed and data.on_bad_sample == "error":
             raise _found_by_doctor(manifest, listed, path)
         entries += listed
@@ -179,10 +188,10 @@ def open_source(
 
 
 def _excluded(
-    manifest: Path, rows: ArrowRows, info: IndexInfo, *, stage: str, source: str, path: Path
+    manifest: Path, rows: ArrowRows, info: IndexInfo, *, stage: str, source: str, path: Path, rules: dict[str, Any]
 ) -> tuple[list[QuarantineEntry], np.ndarray]:
     """What a manifest says of a dataset beyond what reading it said, and int64 [n]: the rows, ascending."""
-    found = entries_for(manifest, stage=stage, source=source, file=path, content_hash=info.content_hash)
+    found = entries_for(manifest, stage=stage, source=source, file=path, content_hash=info.content_hash, rules=rules)
     if not found:
         return [], np.empty(0, np.int64)
     records = rows.table().column("record").to_numpy()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlit.config.schema import DataSource, RunConfig
-from vlit.data.doctor.manifest import use_of
+from vlit.data.doctor.manifest import rules_of, use_of
 from vlit.data.formats._base import FormatConfig
 from vlit.data.index import IndexInfo, build_or_open_index
 from vlit.data.source import image_folder
@@ -24,6 +25,7 @@ class Examined:
     path: Path
     image_root: Path
     format: FormatConfig
+    rules: dict[str, Any]
     tokenizer: SampleTokenizer
     info: IndexInfo
     uses: list[str] = field(default_factory=list)
@@ -50,8 +52,8 @@ def open_datasets(
         path = Path(source.path).expanduser()
         name = source.name or path.stem
         root = image_folder(source, path)
-        template = data.template.model_dump_json()
-        key = repr((name, path, root, source.format.model_dump_json(), template, data.max_tokens))
+        rules = rules_of(data, source.format, root)
+        key = repr((name, path, root, rules))
         if key in opened or key in failed:
             (opened.get(key) or failed[key]).uses.append(use)
             continue
@@ -67,7 +69,7 @@ def open_datasets(
         except DataError as error:
             failed[key] = Unreadable(name, str(path), [use], str(error))
             continue
-        opened[key] = Examined(name, path, root, source.format, SampleTokenizer(spec, data), info, [use])
+        opened[key] = Examined(name, path, root, source.format, rules, SampleTokenizer(spec, data), info, [use])
     return list(opened.values()), list(failed.values())
 
 

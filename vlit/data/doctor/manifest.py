@@ -2,17 +2,21 @@
 
 A line holds ``stages`` (``instruct``, or ``instruct.validation`` for held-out data), ``source``, ``file``, ``content_hash``
 (of the dataset file, so that a manifest never speaks of records it has not seen), ``record`` (counted from 0), ``id``,
-``check`` (the first of its findings) and ``reason`` (all of them).
+``check`` (the first of its findings), ``reason`` (all of them) and ``rules`` (what decides whether a record is bad besides the
+content of its file, so that a manifest does not outlive them).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from vlit.config.schema import RunConfig
+from vlit.config.schema import DataConfig, RunConfig
+from vlit.data.formats._base import FormatConfig
 from vlit.errors import DataError
 
 FILE_NAME = "manifest.jsonl"
@@ -35,6 +39,7 @@ class ManifestEntry:
     id: str | None
     check: str
     reason: str
+    rules: dict[str, Any]
 
     def line(self) -> str:
         """The entry as a line of the file."""
@@ -63,30 +68,70 @@ def manifest_of(run: RunConfig) -> Path | None:
     return path
 
 
-def entries_for(manifest: Path, *, stage: str, source: str, file: Path, content_hash: str) -> list[ManifestEntry]:
+def rules_of(data: DataConfig, format: FormatConfig, image_root: Path) -> dict[str, Any]:
+    """The settings under which a dataset's records are bad or good."""
+    return {
+        "max_tokens": data.max_tokens,
+        "template": data.template.model_dump(mode="json"),
+        "format": format.model_dump(mode="json"),
+        "follow_links": data.follow_links,
+        IMAGES: str(image_root.resolve()),
+    }
+
+
+IMAGES = "images"
+"""The one rule that may differ with a warning: the same pictures may lie elsewhere on another machine."""
+
+
+def entries_for(
+    manifest: Path, *, stage: str, source: str, file: Path, content_hash: str, rules: dict[str, Any]
+) -> list[ManifestEntry]:
     """The bad records of one dataset of one stage, in file order, one entry a record.
 
+    A dataset is known by its name, and one that the manifest does not name by its content, so a new name loses nothing.
+
     Raises:
-        DataError: the manifest is damaged, or was made for another content of ``file``.
+        DataError: the manifest is damaged, or was made for another content of ``file`` or under other ``rules``.
     """
-    found: dict[int, ManifestEntry] = {}
+    named: list[ManifestEntry] = []
+    renamed: list[ManifestEntry] = []
     with manifest.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 entry = ManifestEntry(**json.loads(line))
-                mine = entry.source == source and stage in entry.stages
+                if stage not in entry.stages:
+                    continue
             except (ValueError, TypeError) as error:
                 raise DataError(
                     f"{manifest}:{number}: not a line of a manifest ({error}). Run vlit doctor again."
                 ) from error
-            if not mine:
-                continue
-            if entry.content_hash != content_hash:
-                raise DataError(
-                    f"{manifest} lists bad records of {source} ({file}) as the file was when vlit doctor read it (content hash "
-                    f"{entry.content_hash[:12]}…, now {content_hash[:12]}…). Run vlit doctor again, or delete the manifest."
-                )
-            found.setdefault(entry.record, entry)
+            if entry.source == source:
+                named.append(entry)
+            elif entry.content_hash == content_hash and entry.rules.get("format") == rules["format"]:
+                renamed.append(entry)
+    found: dict[int, ManifestEntry] = {}
+    told: set[str] = set()
+    for entry in named or renamed:
+        if entry.content_hash != content_hash:
+            raise DataError(
+                f"{manifest} lists bad records of {source} ({file}) as the file was when vlit doctor read it (content hash "
+                f"{entry.content_hash[:12]}…, now {content_hash[:12]}…). Run vlit doctor again, or delete the manifest."
+            )
+        differing = [key for key in rules if entry.rules.get(key) != rules[key]]
+        words = "; ".join(f"{key} {entry.rules.get(key)!r}, now {rules[key]!r}" for key in differing)
+        if set(differing) - {IMAGES}:
+            raise DataError(
+                f"{manifest} lists bad records of {entry.source} ({file}) under other rules ({words}). Run vlit doctor again, "
+                "or delete the manifest."
+            )
+        if words and words not in told:
+            told.add(words)
+            print(
+                f"warning: {manifest} was made for {entry.source} with other images ({words}); run vlit doctor again unless "
+                "they are the same pictures.",
+                file=sys.stderr,
+            )
+        found.setdefault(entry.record, entry)
     return [found[record] for record in sorted(found)]

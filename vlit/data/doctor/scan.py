@@ -194,6 +194,7 @@ def _entry(dataset: Examined, record: int, identity: str | None, findings: list[
         identity,
         errors[0].check,
         reason,
+        dataset.rules,
     )
 
 
