@@ -1,8 +1,8 @@
 """What a stage computes: its records, how long they are, and the rows they are packed into.
 
 Where the data and the tokenizer are on this machine, the first samples in training order are tokenized and packed by the same
-code that training uses (as ``vlit/data/check.py`` does). Elsewhere the numbers come from the command line, or from the
-published averages of the dataset; the plan says which.
+code that training uses (as ``vlit/data/check.py`` does). Elsewhere the numbers come from the published averages of the dataset.
+Those given on the command line replace them, one by one; the plan says which are which.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlit.config.schema import RunConfig
+from vlit.config.schema import RunConfig, StageConfig
 from vlit.data.pack import pack
 from vlit.data.share import Tree, share_prefixes, single
 from vlit.data.source import open_source
@@ -134,21 +134,67 @@ class Assumed:
     def any(self) -> bool:
         return any(value is not None for value in (self.records, self.tokens_per_record, self.images_per_record))
 
+    @property
+    def complete(self) -> bool:
+        return None not in (self.records, self.tokens_per_record, self.images_per_record)
+
+
+NOT_HERE = "the data files are not here"
+
 
 def workload(run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed) -> Workload:
-    """The stage's workload from the command line, the data, or published averages, in this order.
+    """The stage's workload from the data, or published averages, with the numbers of the command line in place of theirs.
 
     Raises:
         ConfigError: a dataset is not here and not in the table, and the command line does not say enough.
+        DataError: a dataset is here and cannot be used, and the command line does not say enough.
     """
-    here = all(Path(source.path).is_file() for source in run.stages[stage].data)
-    reason = "the data files are not here"
-    if here and not assumed.any:
+    here = all(Path(source.path).expanduser().exists() for source in run.stages[stage].data)
+    reason = NOT_HERE
+    if here and not assumed.complete:
         try:
-            return _sampled(run, stage, spec)
+            return _overridden(_sampled(run, stage, spec), run, stage, spec, assumed)
         except (DataError, OSError) as error:
-            reason = str(error).split(". ")[0]
+            reason = str(error)
     return _assumed(run, stage, spec, assumed, reason)
+
+
+def _overridden(found: Workload, run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed) -> Workload:
+    """The data's numbers, but for those that were given."""
+    if not assumed.any:
+        return found
+    config, given = run.stages[stage], assumed.records
+    records = found.records if given is None else given
+    steps = found.steps if given is None else _steps(config, given)
+    source = f"{found.source}, and the command line"
+    if assumed.tokens_per_record is None and assumed.images_per_record is None:
+        return Workload(source, records, steps, config.global_batch, found.sampled)
+    images = assumed.images_per_record if assumed.images_per_record is not None else found.mean("images")
+    text = found.mean("tokens") - found.mean("images") * spec.tokens_per_view
+    tokens = assumed.tokens_per_record
+    if tokens is None:
+        tokens = text + images * spec.tokens_per_view
+    supervised = found.mean("labels") / max(text, 1.0)
+    step = _equal_step(tokens, images, supervised, run, stage, spec)
+    return Workload(source, records, steps, config.global_batch, (step,))
+
+
+def _steps(config: StageConfig, records: int) -> int:
+    return config.max_steps or max(1, math.ceil(round(config.epochs * records, 6) / config.global_batch))
+
+
+def _equal_step(
+    tokens: float, images: float, supervised: float, run: RunConfig, stage: str, spec: ModelSpec
+) -> tuple[Packed, ...]:
+    """A step of records of ``tokens`` each, images included. ConfigError when the images alone are more."""
+    text = tokens - images * spec.tokens_per_view
+    if text < 2:
+        raise ConfigError(
+            f"--tokens-per-record {tokens:g}: {images:g} images a record are already {images * spec.tokens_per_view:g} "
+            "tokens. It counts text and images."
+        )
+    count, most = run.stages[stage].global_batch, run.data_for(stage).max_tokens
+    return _synthetic(count, text, images, supervised, spec.tokens_per_view, most)
 
 
 def _sampled(run: RunConfig, stage: str, spec: ModelSpec) -> Workload:
@@ -197,7 +243,7 @@ def _numbers(tree: Tree, samples: list[TokenizedSample]) -> Packed:
 
 
 def _assumed(run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed, reason: str) -> Workload:
-    config, data = run.stages[stage], run.data_for(stage)
+    config = run.stages[stage]
     known: list[tuple[float, dict[str, Any]]] = []
     missing = []
     for source in config.data:
@@ -210,10 +256,12 @@ def _assumed(run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed, reas
     if not missing and config.data[0].share is not None:
         total = sum(records for records, _ in known)
         known = [(total * (s.share or 0.0), entry) for s, (_, entry) in zip(config.data, known, strict=True)]
-    enough = None not in (assumed.records, assumed.tokens_per_record, assumed.images_per_record)
-    if missing and not enough:
+    if missing and not assumed.complete:
+        if reason != NOT_HERE:
+            raise DataError(f"stage {stage}: {reason}")
+        gone = next((path for path in missing if not Path(path).expanduser().exists()), missing[0])
         raise ConfigError(
-            f'stages.{stage}.data: "{missing[0]}" is not here and not a dataset whose size is known '
+            f'stages.{stage}.data: "{gone}" is not here and not a dataset whose size is known '
             f"({', '.join(sorted(published()['datasets']))}). Give --records, --tokens-per-record (images included) and "
             "--images-per-record."
         )
@@ -228,18 +276,11 @@ def _assumed(run: RunConfig, stage: str, spec: ModelSpec, assumed: Assumed, reas
     else:
         tokens = average("text_tokens") + images * spec.tokens_per_view
     supervised = average("supervised") if known else 0.6
-    text = tokens - images * spec.tokens_per_view
-    if text < 2:
-        raise ConfigError(
-            f"--tokens-per-record {tokens:g}: {images:g} images a record are already {images * spec.tokens_per_view:g} "
-            "tokens. It counts text and images."
-        )
-    tokens = min(tokens, data.max_tokens)
-    total = config.max_steps or max(1, math.ceil(round(config.epochs * records, 6) / config.global_batch))
     names = ", ".join(Path(source.path).name for source in config.data)
-    said = "the command line" if assumed.any else f"published averages of {names}, because {reason}"
-    step = _synthetic(config.global_batch, text, images, supervised, spec.tokens_per_view, data.max_tokens)
-    return Workload(said, records, total, config.global_batch, (step,))
+    said = "the command line" if assumed.complete else f"published averages of {names}, because {reason.split('. ')[0]}"
+    said += ", and the command line" if assumed.any and not assumed.complete else ""
+    step = _equal_step(tokens, images, supervised, run, stage, spec)
+    return Workload(said, records, _steps(config, records), config.global_batch, (step,))
 
 
 def _synthetic(
