@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from tests.test_train_run import assert_same_bits, interrupt_after
 from tests.tiny_run import losses_of, tiny_run
 from vlit.errors import CheckpointError, DataError, TrainingError
 from vlit.models.artifact import load_model
+from vlit.models.assemble import VisionLanguageModel
 from vlit.train import prepare
 from vlit.train import run as run_module
 from vlit.train.cluster.preflight import preflight
+from vlit.train.cluster.watchdog import Watchdog
 from vlit.train.distributed import start_ranks
 from vlit.train.identity import data_identities, open_data
 from vlit.train.run import run_training
@@ -142,3 +145,24 @@ def test_a_table_cut_short_is_begun_anew(tiny_dir: Path, tmp_path: Path, capsys:
     assert [list(json.loads((tmp_path / name).read_text())) for name in ("data_plan.json", "parts.json")] == [
         ["align"]
     ] * 2
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_every_phase_of_a_first_step_that_compiles_may_take_its_time(
+    compiles: bool, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[tuple[str, int], float] = {}
+    real = Watchdog.phase
+
+    def noted(self: Watchdog, name: str, *words: int, **named: Any) -> None:
+        real(self, name, *words, **named)
+        limits[name, self._phase.step] = self._phase.limit_s
+
+    monkeypatch.setattr(Watchdog, "phase", noted)
+    monkeypatch.setattr(VisionLanguageModel, "compile_blocks", lambda self: None)
+    words = ("stages.instruct=null", "stages.align.max_steps=2", f"runtime.compile={str(compiles).lower()}")
+    run_training(tiny_run(tiny_dir, tmp_path, *words, "runtime.hang_timeout_s=60"))
+    of_a_step = ("count", "forward", "backward", "reduce", "update")
+    assert [limits[name, 1] for name in of_a_step] == [3600.0 if compiles else 60.0] * 5
+    assert [limits[name, 2] for name in (*of_a_step, "data")] == [60.0] * 6
+    assert limits["data", 1] == 3600.0

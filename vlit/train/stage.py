@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,9 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
     started = saved_at = time.monotonic()
     with saver, loader.naming_lost_workers():
         clock = time.perf_counter()
-        watchdog.phase("data", step=position.step + 1, allow_s=FIRST_STEP_S)
+        patience = max(run.runtime.hang_timeout_s or 0.0, FIRST_STEP_S)
+        watchdog.phase("data", step=position.step + 1, allow_s=patience)
+        phase = partial(watchdog.phase, allow_s=patience) if run.runtime.compile else watchdog.phase
         for batch in loader:
             waited = time.perf_counter() - clock
             factor = learning_rate_factor(batch.step, stage.total_steps, config.schedule)
@@ -123,8 +126,9 @@ def train_stage(stage: StageRun, engine: Engine, flops: UsefulFlops, run: RunCon
                 clip=config.clip_grad_norm,
                 flops=flops,
                 sources=sources,
-                phase=watchdog.phase,
+                phase=phase,
             )
+            phase = watchdog.phase  # what the first step compiled stays
             if result.quarantined:
                 quarantine.add(batch.quarantined)
             seconds = time.perf_counter() - clock
