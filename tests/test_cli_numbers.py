@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import yaml
 
 from tests.tiny_run import tiny_run
 from vlit.cli import build_parser, main, parse
+from vlit.data.content_hash import content_hash_of
+from vlit.errors import DataError
 from vlit.plan import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +121,35 @@ def measured_rows() -> list[dict[str, Any]]:
     )["rows"]
     assert len(rows) > 10
     return rows
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("train", "seed=99999999999999999999999"), "seed: Input should be less than or equal to 9223372036854775807"),
+        (("train", "runtime.num_threads=100000"), "runtime.num_threads: Input should be less than or equal to 4096"),
+        (("train", "stages.align.validation.data.0.path=x"), 'the list is empty, it has no item "0"'),
+        (("preview", "--out", "."), "--out .: is a folder. Name the file to write"),
+    ],
+)
+def test_one_wrong_value_is_one_line(
+    words: tuple[str, ...], expected: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([words[0], "--config", str(config), *words[1:]]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+
+
+def test_what_is_no_folder_of_a_run_or_no_file_of_data_is_named(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (config, tmp_path / "nowhere"):
+        assert main(["report", str(path)]) == 2
+        assert f"{path}: is no folder. Give the output_dir of a run." in capsys.readouterr().err
+    os.mkfifo(tmp_path / "data.json")
+    with pytest.raises(DataError, match=r"data\.json: is no regular file"):
+        content_hash_of(tmp_path / "data.json", [tmp_path / "data.json"], tmp_path, progress=False)
 
 
 def test_the_memory_table_is_what_was_measured() -> None:

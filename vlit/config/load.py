@@ -101,6 +101,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _item(node: list[Any], key: str, override: str) -> Any:
+    if not node:
+        raise ConfigError(
+            f'override "{override}": the list is empty, it has no item "{key}". Set the whole list: [...].'
+        )
     if not key.lstrip("-").isdigit() or not -len(node) <= int(key) < len(node):
         raise ConfigError(
             f'override "{override}": "{key}" is not an item of a list of {len(node)} (0-{len(node) - 1}).'

@@ -270,7 +270,7 @@ class RuntimeConfig(Strict):
     on a CPU, `dense` (PyTorch's own) for windows and soft caps. `flex` and `varlen` are torch's, for comparison on a GPU."""
     compile: bool = False
     """Compile the blocks with torch.compile: about a tenth faster; the first step takes about a minute longer."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads of this process. Default: all cores divided by the processes on this machine."""
     strategy: Literal["auto", "none", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """What the processes split besides the data: nothing (`ddp`), optimizer states (`zero1`), also gradients (`zero2`), also
@@ -292,7 +292,7 @@ class RunConfig(Strict):
     name: str = "run"
     output_dir: str = "outputs/run"
     """Everything the run writes goes here."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Decides initial connector weights and the order of the data."""
     plugins: list[str] = []
     """Python modules that register further components."""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def _stat(file: Path) -> os.stat_result:
         raise DataError(
             f"{file}: cannot be read ({error.strerror}). Check data path and working directory ({Path.cwd()})."
         ) from error
+    if not stat.S_ISREG(found.st_mode) and not file.is_dir():
+        raise DataError(f"{file}: is no regular file (a pipe or a device). Write its content to a file and name that.")
     if file.is_dir():
         raise DataError(f"{file}: is a folder, expected a .json or .jsonl file. Name the file in it.")
     return found

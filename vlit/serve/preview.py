@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlit.errors import ConfigError
 from vlit.serve.charts import legend
 from vlit.serve.markup import Markup, join, page, percent, picture_of, tag
 from vlit.serve.preview_data import (
@@ -31,7 +32,13 @@ BAR_WIDTH, BAR_HEIGHT = 940, 22
 def write_preview(
     run: RunConfig, *, stages: Sequence[str], out: Path, samples: int = 16, terminal: bool = True
 ) -> Path:
-    """Collect the stages' previews, write them as one HTML file, and print them unless ``terminal`` is off."""
+    """Collect the stages' previews, write them as one HTML file, and print them unless ``terminal`` is off.
+
+    Raises:
+        ConfigError: ``out`` is a folder.
+    """
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder. Name the file to write, for example {out / 'preview.html'}.")
     collected = [collect_preview(run, stage, samples=samples) for stage in stages]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(build_preview(collected, title=run.name), encoding="utf-8")

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from vlit.errors import DataError
 from vlit.serve.markup import Markup, duration, measure, page, percent, short, tag
 from vlit.serve.report_evaluation import evaluation_sections
 from vlit.serve.report_training import curves_section, data_section, parts_section, samples_section
@@ -17,8 +18,10 @@ def write_report(run_dir: Path) -> Path:
     """Write ``<run_dir>/report.html`` from whatever the folder holds (atomically) and return its path.
 
     Reads ``config.yaml, metrics.jsonl, validation.jsonl, parts.json, data_plan.json, summary.json`` and
-    ``evaluations/*/{results.json,predictions.jsonl}``; sections without data are left out.
+    ``evaluations/*/{results.json,predictions.jsonl}``; sections without data are left out. DataError without a folder.
     """
+    if not Path(run_dir).is_dir():
+        raise DataError(f"{run_dir}: is no folder. Give the output_dir of a run.")
     run = read_run(Path(run_dir))
     target = run.path / "report.html"
     aside = run.path / f".report.html.{os.getpid()}.tmp"
