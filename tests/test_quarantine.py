@@ -129,3 +129,32 @@ def test_a_full_disk_is_an_error_at_the_start_and_keeps_lines_for_later_while_tr
     assert "its lines are kept for later" in capsys.readouterr().err
     quarantine.add(entries(4))
     assert [json.loads(line)["record"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_a_broken_picture_of_validation_is_left_out_or_named_by_the_same_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_dataset(tmp_path / "data")
+    rows = json.loads(path.read_text())
+    sound = [row for row in rows if row["id"] != "r1"]
+    (path.parent / "sound.json").write_text(json.dumps(sound))
+    (path.parent / "001_0.png").write_bytes(b"no picture")
+    training = f"stages.align.data=[{{path: {path.parent / 'sound.json'}, name: mine}}]"
+    held: dict[str, list[dict[str, Any]]] = {}
+    for name, records in (("data", 24), ("sound", 23)):
+        validation = json.dumps({"data": [{"path": str(path.parent / f"{name}.json")}], "max_records": records,
+                                 "sample_generations": 3, "max_new_tokens": 2})  # fmt: skip
+        words = (training, f"stages.align.validation={validation}", "stages.instruct=null", "stages.align.max_steps=1")
+        run = tiny_run(tmp_path / "tiny", tmp_path / name, *words, "data.on_bad_sample=quarantine")
+        run_training(run)
+        held[name] = [json.loads(line) for line in (tmp_path / name / "validation.jsonl").read_text().splitlines()]
+    told = 'validation data data (id "r1"): '
+    assert capsys.readouterr().err.count(f"warning: {told}") == 1
+    for one, other in zip(held["data"], held["sound"], strict=True):
+        assert one["label_tokens"] == other["label_tokens"] > 0
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert [sample["id"] for sample in one["samples"]] == [sample["id"] for sample in other["samples"]]
+    strict = tiny_run(tmp_path / "tiny", tmp_path / "strict", *words[:1], *words[2:], "data.on_bad_sample=error",
+                      f"stages.align.validation={{data: [{{path: {path}}}]}}")  # fmt: skip
+    with pytest.raises(DataError, match=r'validation data data \(id "r1"\): .*on_bad_sample: quarantine'):
+        run_training(strict)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlit.answer import Answerer, Request
@@ -21,7 +23,7 @@ from vlit.errors import DataError
 from vlit.models.assemble import VisionLanguageModel
 from vlit.train.distributed import Ranks
 from vlit.train.engine import Engine
-from vlit.types import PackedBatch, Sample
+from vlit.types import ModelSpec, PackedBatch, Sample
 
 
 class Validator:
@@ -52,20 +54,39 @@ class Validator:
         plan = pack([len(t) for t in tokenised], micro_batch_tokens, world_size=ranks.world_size)
         self.batches: list[PackedBatch] = []
         for members in plan[ranks.rank]:
-            views = [
-                load_view(
-                    picked[i][1].image_path(name),
-                    policy=data.image_policy,
-                    spec=tokenizer.spec,
-                    exact=data.exact_pixels,
-                )
-                for i in members
-                for name in tokenised[i].images
-            ]
-            self.batches.append(
-                collate_samples([tokenised[i] for i in members], views, image_size=tokenizer.spec.image_size)
-            )
-        self.shown = [(sample, source) for sample, source in picked if sample.images][: config.sample_generations]
+            kept, views = [], []
+            for i in members:
+                own = self._views(*picked[i], tokenizer.spec, tokenised[i].images, say=True)
+                if own is not None:
+                    kept.append(tokenised[i])
+                    views += own
+            self.batches.append(collate_samples(kept, views, image_size=tokenizer.spec.image_size))
+        self.shown: list[tuple[Sample, RecordSource]] = []
+        for sample, source in picked:
+            if sample.images and len(self.shown) < config.sample_generations:
+                sound = self._views(sample, source, tokenizer.spec, sample.images, say=False) is not None
+                self.shown += [(sample, source)] if sound else []
+
+    def _views(
+        self, sample: Sample, source: RecordSource, spec: ModelSpec, images: Sequence[str], *, say: bool
+    ) -> list[np.ndarray] | None:
+        """The record's pictures; None when one is bad and ``data.on_bad_sample`` leaves such records out, which is said.
+
+        Raises:
+            DataError: one is bad, and the policy is ``error``.
+        """
+        how: dict[str, Any] = {"policy": self.data.image_policy, "spec": spec, "exact": self.data.exact_pixels}
+        try:
+            return [load_view(source.image_path(name), **how) for name in images]
+        except DataError as error:
+            place = f'validation data {source.name} (id "{sample.id}"): {str(error).rstrip(".")}'
+            if self.data.on_bad_sample == "error":
+                raise DataError(
+                    f"{place}. Fix or remove it, or set data.on_bad_sample: quarantine (now: error)."
+                ) from error
+            if say:
+                print(f"warning: {place}. It is left out of validation.", file=sys.stderr)
+            return None
 
     def run(self, engine: Engine) -> dict[str, Any]:
         """Mean loss per label token over the held-out records of all ranks, and (on rank 0) the sample answers."""
