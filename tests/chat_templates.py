@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
+
+from vlit.types import ModelSpec
 
 QWEN3_CHAT = r"""{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
@@ -79,3 +83,24 @@ def build_qwen3(folder: Path, chat: str = QWEN3_CHAT) -> None:
     ])  # fmt: skip
     tokenizer.chat_template = chat
     tokenizer.save_pretrained(folder)
+
+
+def processor_of(spec: ModelSpec, template: Any) -> tuple[Any, int]:
+    """The processor that an export would write for the tokenizer of ``spec``, and the id of its image token."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    from vlit.data.load_tokenizer import tokenizer_for
+    from vlit.models.interop.chat_template import jinja_template
+    from vlit.models.interop.export_hf import add_tokens
+
+    tokenizer = copy.deepcopy(tokenizer_for(spec.tokenizer_path))
+    add_tokens(tokenizer, held=1)
+    size = {"height": spec.image_size, "width": spec.image_size}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=spec.image_size // 2,
+        vision_feature_select_strategy="full",
+        chat_template=jinja_template(template, tokenizer),
+    )
+    return processor, tokenizer.convert_tokens_to_ids("<image>")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ def test_the_stream_shows_the_answer_without_what_ends_it(template: str, answer:
     ids, stop = tokenizer.encoder.encode(answer, "text"), tokenizer.stop_sequences()[0]
     for ended in (True, False):  # by the template's end, or by max_new_tokens
         stream = io.StringIO()
-        streamer = _Streamer(SimpleNamespace(tokenizer=tokenizer), stream)  # type: ignore[arg-type]
+        streamer = _Streamer(tokenizer, stream)
         shown = []
         for token in [*ids, *stop] if ended else ids:
             streamer.put(torch.tensor([token]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.chat_templates import QWEN3_CHAT, build_qwen3
+from tests.chat_templates import QWEN3_CHAT, build_qwen3, processor_of
 from tests.data_fixtures import BUILDERS, QWEN_CHAT, make_spec
 from tests.test_interop_parity import TURNS, assemble
 from tests.tiny import build_llm, build_tokenizer
 from vlit.config.schema import DataConfig
-from vlit.data.load_tokenizer import tokenizer_for
 from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import ExportError
-from vlit.models.interop.chat_template import jinja_template
-from vlit.models.interop.export_hf import add_tokens, export_hf
+from vlit.models.interop.export_hf import export_hf
 from vlit.registry import TEMPLATES
 from vlit.types import Turn
 
@@ -29,23 +26,11 @@ PICTURE = Image.new("RGB", (40, 30), "red")
 @pytest.mark.parametrize("system", [None, "", "Be brief."])
 @pytest.mark.parametrize("name", ["spm", "spm_legacy", "tekken", "gpt", "chatml", "qwen3", "llama3"])
 def test_the_exported_template_writes_the_ids_of_training(name: str, system: str | None, tmp_path: Path) -> None:
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
     (BUILDERS | {"qwen3": build_qwen3})[name](tmp_path)
     spec = make_spec(str(tmp_path))
     template = TEMPLATES.get("tokenizer")(**({} if system is None else {"system": system}))
     ours = SampleTokenizer(spec, DataConfig.model_validate({"template": template.model_dump()}))
-    tokenizer = copy.deepcopy(tokenizer_for(str(tmp_path)))
-    add_tokens(tokenizer, held=1)
-    size = {"height": spec.image_size, "width": spec.image_size}
-    processor: Any = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=size, crop_size=size),
-        tokenizer=tokenizer,
-        patch_size=spec.image_size // 2,
-        vision_feature_select_strategy="full",
-        chat_template=jinja_template(template, tokenizer),
-    )
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    processor, image_id = processor_of(spec, template)
     own_system = (Turn("system", "You see."), *TURNS[:3])
     for turns in (TURNS[:1], TURNS[:3], own_system):
         wanted = ours.prompt(turns, ["a"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import ExportError
 from vlit.models.assemble import VisionLanguageModel, build_model
 from vlit.models.interop import initialise
-from vlit.models.interop.chat_template import jinja_template
-from vlit.models.interop.export_hf import add_tokens, export_hf, why_not
+from vlit.models.interop.export_hf import export_hf, why_not
 from vlit.models.interop.weights import WeightFiles
 from vlit.models.tuning import apply_tuning, merge_lora
 from vlit.registry import TEMPLATES
@@ -260,27 +258,15 @@ NATURAL = {
 
 @pytest.mark.parametrize("name", NATURAL)
 def test_the_chat_template_writes_the_ids_of_training_under_real_tokenizers(name: str, tmp_path: Path) -> None:
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
+    from tests.chat_templates import processor_of
     from tests.data_fixtures import BUILDERS, make_spec
-    from vlit.data.load_tokenizer import tokenizer_for
 
     BUILDERS[name](tmp_path)
     spec = make_spec(str(tmp_path))
     for kind in NATURAL[name]:
         template = TEMPLATES.get(kind)()
         ours = SampleTokenizer(spec, DataConfig.model_validate({"template": {"type": kind}}))
-        tokenizer = copy.deepcopy(tokenizer_for(str(tmp_path)))
-        add_tokens(tokenizer, held=1)
-        size = {"height": spec.image_size, "width": spec.image_size}
-        processor: Any = LlavaProcessor(
-            image_processor=CLIPImageProcessor(size=size, crop_size=size),
-            tokenizer=tokenizer,
-            patch_size=spec.image_size // 2,
-            vision_feature_select_strategy="full",
-            chat_template=jinja_template(template, tokenizer),
-        )
-        image_id = tokenizer.convert_tokens_to_ids("<image>")
+        processor, image_id = processor_of(spec, template)
         for turns in (TURNS[:1], TURNS[:3], TURNS) if kind != "plain" else (TURNS[:1],):
             open_ended = len(turns) % 2 == 1
             wanted = ours.prompt(turns, ["a"]) if open_ended else ours.tokenize(Sample("0", "s", turns, ("a",)))

@@ -16,8 +16,8 @@ from vlit.models.assemble import model_spec
 from vlit.plan.workload import Assumed, Workload, workload
 
 
-def load_of(run: RunConfig, **assumed: float) -> Workload:
-    return workload(run, "instruct", model_spec(run.model), Assumed(**assumed))  # type: ignore[arg-type]
+def load_of(run: RunConfig, assumed: Assumed | None = None) -> Workload:
+    return workload(run, "instruct", model_spec(run.model), assumed or Assumed())
 
 
 def test_a_folder_and_a_path_in_the_home_folder_are_data_that_is_here(
@@ -41,15 +41,15 @@ def test_a_folder_and_a_path_in_the_home_folder_are_data_that_is_here(
 def test_given_numbers_replace_those_of_the_data_one_by_one(tiny_dir: Path, tmp_path: Path) -> None:
     run = tiny_run(tiny_dir, tmp_path / "out", "stages.instruct.max_steps=null")
     data = load_of(run)
-    more = load_of(run, records=1000)
+    more = load_of(run, Assumed(records=1000))
     assert (more.records, more.steps) == (1000, 250)
     assert more.sampled == data.sampled
     assert more.source == f"{data.source}, and the command line"
-    longer = load_of(run, tokens_per_record=200)
+    longer = load_of(run, Assumed(tokens_per_record=200))
     assert longer.records == data.records
     assert longer.mean("tokens") == pytest.approx(200, abs=3)  # whole pictures over a step of four records
     assert longer.mean("images") == pytest.approx(data.mean("images"), abs=0.3)
-    plain = load_of(run, images_per_record=0)
+    plain = load_of(run, Assumed(images_per_record=0))
     text = data.mean("tokens") - data.mean("images") * model_spec(run.model).tokens_per_view
     assert plain.mean("images") == 0
     assert plain.mean("tokens") == pytest.approx(text, abs=1)
@@ -63,7 +63,7 @@ def test_what_is_wrong_with_data_that_is_here_is_said(tiny_dir: Path, tmp_path: 
     run = tiny_run(tiny_dir, tmp_path / "out", f"stages.instruct.data=[{{path: {path}}}]")
     with pytest.raises(DataError, match=r'stage instruct: data\.json#3 \(id "r3"\): .*on_bad_sample: quarantine'):
         load_of(run)
-    assert load_of(run, records=10, tokens_per_record=60, images_per_record=1).source == "the command line"
+    assert load_of(run, Assumed(10, 60, 1)).source == "the command line"
     two = f"stages.instruct.data=[{{path: {path}, name: a}}, {{path: gone.json}}]"
     with pytest.raises(ConfigError, match=r'"gone.json" is not here'):
         load_of(tiny_run(tiny_dir, tmp_path / "out", two))

@@ -76,21 +76,6 @@ class Answerer:
         temperature: float = 0.0,
         top_p: float = 1.0,
         streamer: Any = None,
-    ) -> list[str]:
-        """Answers in the order of the requests."""
-        made = self.completions(
-            requests, batch_size=batch_size, temperature=temperature, top_p=top_p, streamer=streamer
-        )
-        return [completion.text for completion in made]
-
-    def completions(
-        self,
-        requests: Sequence[Request],
-        *,
-        batch_size: int = 32,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        streamer: Any = None,
     ) -> list[Completion]:
         """Answers in the order of the requests, and whether each came to its end."""
         prompts = [self.prompt(request) for request in requests]

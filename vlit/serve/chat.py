@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlit.answer import Answerer, Request, ask
+from vlit.data.tokenize import SampleTokenizer
 from vlit.errors import DataError
 from vlit.serve.commands import load_answerer
 from vlit.types import Turn
@@ -40,11 +41,11 @@ class Conversation:
         turn = ask(question, self._waiting).turns[0]
         images = [*self.images, *self._waiting]
         request = Request((*self.turns, turn), tuple(images))
-        streamer = _Streamer(self.answerer, stream) if stream is not None else None
-        (answer,) = self.answerer.answers([request], temperature=temperature, streamer=streamer)
-        self.turns += [turn, Turn("assistant", answer)]
+        streamer = _Streamer(self.answerer.tokenizer, stream) if stream is not None else None
+        (made,) = self.answerer.answers([request], temperature=temperature, streamer=streamer)
+        self.turns += [turn, Turn("assistant", made.text)]
         self.images, self._waiting = images, []
-        return answer
+        return made.text
 
 
 class _Streamer:
@@ -52,9 +53,9 @@ class _Streamer:
     what ends an answer are held back until they do not.
     """
 
-    def __init__(self, answerer: Answerer, stream: Any) -> None:
-        self.answerer, self.stream = answerer, stream
-        self.stops = answerer.tokenizer.stop_sequences()
+    def __init__(self, tokenizer: SampleTokenizer, stream: Any) -> None:
+        self.tokenizer, self.stream = tokenizer, stream
+        self.stops = tokenizer.stop_sequences()
         self.ids: list[int] = []
         self.written = ""
 
@@ -65,7 +66,7 @@ class _Streamer:
 
     def _write(self, count: int) -> None:
         """Write the text of the first ``count`` ids as far as it is not written yet."""
-        text = self.answerer.tokenizer.decode(self.ids[:count]).lstrip()
+        text = self.tokenizer.decode(self.ids[:count]).lstrip()
         if text.startswith(self.written) and not text.endswith("\ufffd"):
             self.stream.write(text[len(self.written) :])
             self.stream.flush()

@@ -104,7 +104,8 @@ def _evaluate(
     def answer(questions: list[Any]) -> list[str]:
         if not loaded:  # a rank without open questions loads no model
             loaded.append(load_answerer(checkpoint, max_new_tokens=max_new_tokens, **options)[0])
-        return loaded[0].answers([ask(q.turn_text(), q.images) for q in questions], batch_size=batch_size)
+        made = loaded[0].answers([ask(q.turn_text(), q.images) for q in questions], batch_size=batch_size)
+        return [answer.text for answer in made]
 
     def advance(answered: int, total: int) -> None:
         bar.total, bar.n = total, answered

@@ -136,5 +136,5 @@ class Validator:
                 }
             )
         answerer = Answerer(model, self.data, max_new_tokens=self.config.max_new_tokens)
-        predictions = answerer.answers(requests)
+        predictions = [answer.text for answer in answerer.answers(requests)]
         return [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]

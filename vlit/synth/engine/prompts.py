@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, cast
 
 from vlit.errors import DataError, did_you_mean
 from vlit.synth.engine.teacher import Message
+from vlit.types import Role
 
 FOLDER = Path(__file__).with_name("prompts")
 SECTION = re.compile(r"^=== (system|user|assistant)[ \t]*$", flags=re.MULTILINE)
@@ -29,7 +30,7 @@ class Prompt:
     """A chat with placeholders. ``version`` changes with every byte of the file."""
 
     version: str
-    sections: tuple[tuple[str, str], ...]
+    sections: tuple[tuple[Role, str], ...]
 
     def messages(self, images: Sequence[str] = (), **values: Any) -> tuple[Message, ...]:
         """The chat with its placeholders filled in; pictures go with the last message."""
@@ -37,7 +38,7 @@ class Prompt:
         for number, (role, text) in enumerate(self.sections):
             said = Template(text).substitute(values) if self._is_filled(number) else text
             shown = tuple(images) if number == len(self.sections) - 1 else ()
-            filled.append(Message(role, said, shown))  # type: ignore[arg-type]
+            filled.append(Message(role, said, shown))
         return tuple(filled)
 
     def templates(self) -> list[str]:
@@ -113,7 +114,7 @@ def read_prompt(name: str, *, own: str | None = None) -> Prompt:
     """
     path = find(name, own=own)
     parts = SECTION.split(_text_of(path))
-    sections = tuple((parts[n], parts[n + 1].strip()) for n in range(1, len(parts), 2))
+    sections = tuple((cast(Role, parts[n]), parts[n + 1].strip()) for n in range(1, len(parts), 2))
     if not sections or sections[-1][0] != "user":
         raise DataError(
             f"{path}: a prompt needs sections (=== system, === user, === assistant) and ends with === user."

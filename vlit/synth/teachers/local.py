@@ -121,7 +121,7 @@ def _vlit(config: LocalConfig, device: str) -> Any:
             for m in ask.messages
         )
         images = tuple(Path(i) for m in ask.messages for i in m.images)
-        return answerer.completions([Request(turns, images)], temperature=temperature)[0]
+        return answerer.answers([Request(turns, images)], temperature=temperature)[0]
 
     return answer
 
